@@ -1,0 +1,75 @@
+// Package head signs tree heads so that a log can never fork or roll back.
+//
+// For one tree there is one Publisher, and it alone holds the tree's head key.
+// Data flows one way: a durable Root of log/tree → a Head (checked against the
+// last one: time not earlier, size not smaller, equal roots at equal size,
+// consistent by proof) → a signature made in the token → the anchor, written
+// and synced → published, which wakes whoever waits for that size.
+//
+// The package promises that a head is published only after it is in the
+// anchor, that no two published heads of one size differ, and that each is
+// consistent with every earlier one, across crashes and restored databases:
+// at start the anchor is compared with the tree, and a tree that is behind or
+// beside its anchor is refused with ErrFork. It trusts the anchor file (an
+// attacker who can roll back both the database and the anchor can roll back
+// the log) and the key.
+package head
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/chancery-ca/chancery/log/tree"
+)
+
+// Errors that callers branch on.
+var (
+	// ErrFork: the tree contradicts the last signed head. The publisher is
+	// latched read-only until an operator decides.
+	ErrFork = errors.New("tree contradicts the last signed head")
+	// ErrUnavailable: no head could be signed (token lost or busy, clock
+	// wrong). Leaves are safe; a later head will include them.
+	ErrUnavailable = errors.New("no tree head could be signed")
+	// ErrClosed: the publisher is shut down.
+	ErrClosed = errors.New("publisher closed")
+)
+
+// Head is what is signed about a tree.
+type Head struct {
+	Size uint64
+	Root tree.Hash
+	// Time is when the head was made, in UTC with a precision of 1 ms, never
+	// earlier than the head before. A C2SP checkpoint does not contain it.
+	Time time.Time
+}
+
+// Signed is a published head.
+type Signed struct {
+	Head
+	// Signature is the DER ECDSA signature over SHA-256 of Format.Message.
+	Signature []byte
+	// Note is the signed note (C2SP signed-note, tlog-checkpoint), ready to serve.
+	Note []byte
+}
+
+// Format is how a kind of log writes its heads. RFC 6962 logs sign the
+// TreeHeadSignature structure, Rekor logs a checkpoint.
+type Format interface {
+	// Message returns the octets whose SHA-256 is signed. It is a pure
+	// function of the head.
+	Message(h Head) ([]byte, error)
+	// Note returns the signed note for a head and its signature.
+	Note(h Head, signature []byte) ([]byte, error)
+}
+
+// Publication is the reading side of a Publisher: what front ends are given.
+type Publication interface {
+	// Latest returns the newest published head, from memory.
+	Latest() Signed
+	// Await asks for and waits for a published head with Size ≥ size. Errors:
+	// ErrUnavailable, ErrFork, ErrClosed, ctx.Err().
+	Await(ctx context.Context, size uint64) (Signed, error)
+	// Err returns why the log is not signing heads, or nil: for readiness.
+	Err() error
+}
