@@ -1,0 +1,210 @@
+package trust
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// Role is what a key is for. A key has one role, and a role one key.
+type Role string
+
+// The roles of keys.yaml. RekorV1 and TUFOnline are optional.
+const (
+	RoleRoot         Role = "root"
+	RoleTSARoot      Role = "tsa-root"
+	RoleIntermediate Role = "intermediate"
+	RoleCT           Role = "ct"
+	RoleRekor        Role = "rekor"
+	RoleRekorV1      Role = "rekor-v1"
+	RoleTSA          Role = "tsa"
+	RoleTUFOnline    Role = "tuf-online"
+)
+
+// Roles lists every role in the order in which keys are made and written.
+func Roles() []Role {
+	return []Role{RoleRoot, RoleTSARoot, RoleIntermediate, RoleCT, RoleRekor, RoleRekorV1, RoleTSA, RoleTUFOnline}
+}
+
+// Optional says whether a Chancery can do without the role.
+func (r Role) Optional() bool { return r == RoleRekorV1 || r == RoleTUFOnline }
+
+func (r Role) known() bool {
+	for _, k := range Roles() {
+		if r == k {
+			return true
+		}
+	}
+	return false
+}
+
+// KeyRing is the content of keys.yaml: where each role's key lives and which
+// public key it has. It contains no secret and no PIN.
+type KeyRing struct {
+	// Tokens are the devices, by the names of the ceremony's definition.
+	Tokens map[string]Token
+	// Keys are the keys, by role.
+	Keys map[Role]Key
+}
+
+// Token is a device as the service finds it again.
+type Token struct {
+	// URI is "pkcs11:token=…;serial=…" (RFC 7512) or "tpm2:?device=…".
+	URI string
+	// Module is the path of the PKCS#11 module, "" for a TPM.
+	Module string
+}
+
+// Key is a key pair in one of the tokens.
+type Key struct {
+	// Token is a name of KeyRing.Tokens.
+	Token string
+	// URI and SPKI are the hsm.Ref.
+	URI  string
+	SPKI [32]byte
+}
+
+// Ref returns the name under which hsm.Token.Open finds the key.
+func (k Key) Ref() hsm.Ref { return hsm.Ref{URI: k.URI, SPKI: k.SPKI} }
+
+// The wire form of keys.yaml.
+type keyRingFile struct {
+	Version int                     `yaml:"version"`
+	Tokens  map[string]keyRingToken `yaml:"tokens"`
+	Keys    map[string]keyRingKey   `yaml:"keys"`
+}
+
+type keyRingToken struct {
+	URI    string `yaml:"uri"`
+	Module string `yaml:"module,omitempty"`
+}
+
+type keyRingKey struct {
+	Token string `yaml:"token"`
+	URI   string `yaml:"uri"`
+	SPKI  string `yaml:"spki-sha256"`
+}
+
+// ParseKeyRing reads keys.yaml strictly: unknown and double keys, unknown
+// roles and tokens, and a key that stands twice are errors, as is a ring
+// without one of the roles that are not optional.
+func ParseKeyRing(data []byte) (*KeyRing, error) {
+	if len(data) > maxFile {
+		return nil, fmt.Errorf("read keys: %d octets, at most %d: %w", len(data), maxFile, ErrFormat)
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
+	var f keyRingFile
+	if err := dec.Decode(&f); err != nil {
+		return nil, fmt.Errorf("read keys: %w", errors.Join(ErrFormat, err))
+	}
+	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read keys: more than one document: %w", ErrFormat)
+	}
+	if f.Version != 1 {
+		return nil, fmt.Errorf("read keys: version %d, want 1: %w", f.Version, ErrFormat)
+	}
+	ring := &KeyRing{Tokens: map[string]Token{}, Keys: map[Role]Key{}}
+	for name, t := range f.Tokens {
+		ring.Tokens[name] = Token(t)
+	}
+	for role, k := range f.Keys {
+		spki, err := hsm.ParseSPKIHash(k.SPKI)
+		if err != nil {
+			return nil, fmt.Errorf("read key %.40q: %w", role, errors.Join(ErrFormat, err))
+		}
+		ring.Keys[Role(role)] = Key{Token: k.Token, URI: k.URI, SPKI: spki}
+	}
+	if err := ring.check(); err != nil {
+		return nil, fmt.Errorf("read keys: %w", err)
+	}
+	return ring, nil
+}
+
+// LoadKeyRing reads the keys.yaml at path.
+func LoadKeyRing(path string) (*KeyRing, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open keys: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("read keys: %w", err)
+	}
+	return ParseKeyRing(data)
+}
+
+// Marshal returns keys.yaml with a heading, in the order of Roles.
+func (r *KeyRing) Marshal() ([]byte, error) {
+	if err := r.check(); err != nil {
+		return nil, fmt.Errorf("write keys: %w", err)
+	}
+	var b bytes.Buffer
+	b.WriteString("# Where each key lives and which public key it has. Written by the key ceremony;\n" +
+		"# the service opens a key only if both fit. There is no secret in this file.\n")
+	tokens := yaml.MapSlice{}
+	for _, name := range slices.Sorted(maps.Keys(r.Tokens)) {
+		tokens = append(tokens, yaml.MapItem{Key: name, Value: keyRingToken(r.Tokens[name])})
+	}
+	keys := yaml.MapSlice{}
+	for _, role := range Roles() {
+		if k, ok := r.Keys[role]; ok {
+			keys = append(keys, yaml.MapItem{Key: string(role), Value: keyRingKey{k.Token, k.URI, hex.EncodeToString(k.SPKI[:])}})
+		}
+	}
+	body, err := yaml.Marshal(yaml.MapSlice{{Key: "version", Value: 1}, {Key: "tokens", Value: tokens}, {Key: "keys", Value: keys}})
+	if err != nil {
+		return nil, fmt.Errorf("write keys: %w", err)
+	}
+	b.Write(body)
+	return b.Bytes(), nil
+}
+
+func (r *KeyRing) check() error {
+	for _, role := range Roles() {
+		if _, ok := r.Keys[role]; !ok && !role.Optional() {
+			return fmt.Errorf("role %s has no key: %w", role, ErrIncomplete)
+		}
+	}
+	for name, t := range r.Tokens {
+		if name == "" || !tokenURI(t.URI) {
+			return fmt.Errorf("token %.40q: URI %.200q: %w", name, t.URI, ErrFormat)
+		}
+	}
+	seen := map[[32]byte]Role{}
+	for role, k := range r.Keys {
+		if !role.known() {
+			return fmt.Errorf("unknown role %.40q: %w", role, ErrFormat)
+		}
+		if _, ok := r.Tokens[k.Token]; !ok {
+			return fmt.Errorf("key %s: unknown token %.40q: %w", role, k.Token, ErrFormat)
+		}
+		if !tokenURI(k.URI) || k.SPKI == ([32]byte{}) {
+			return fmt.Errorf("key %s: URI %.200q or no public key hash: %w", role, k.URI, ErrFormat)
+		}
+		if other, ok := seen[k.SPKI]; ok {
+			return fmt.Errorf("roles %s and %s have one key: %w", role, other, ErrFormat)
+		}
+		seen[k.SPKI] = role
+	}
+	return nil
+}
+
+// tokenURI accepts the schemes of hsm.Ref and refuses a URI that carries a
+// PIN (RFC 7512, 2.4: pin-value, pin-source).
+func tokenURI(uri string) bool {
+	scheme := hsm.Ref{URI: uri}.Scheme()
+	lower := strings.ToLower(uri)
+	return (scheme == "pkcs11" || scheme == "tpm2") &&
+		!strings.Contains(lower, "pin-value=") && !strings.Contains(lower, "pin-source=")
+}
