@@ -12,7 +12,7 @@ import (
 const TileWidth = 256
 
 const (
-	tileHeight = 8
+	tilePathHeight = 8
 	// maxTilePath is longer than the path of any index below 2^63.
 	maxTilePath = 48
 )
@@ -45,7 +45,7 @@ func ParseTilePath(path, bundles string) (TilePath, error) {
 	case "data":
 		return TilePath{}, fmt.Errorf("tile path %q: malformed", path)
 	}
-	t, err := tlog.ParseTilePath(fmt.Sprintf("tile/%d/%s/%s", tileHeight, level, rest))
+	t, err := tlog.ParseTilePath(fmt.Sprintf("tile/%d/%s/%s", tilePathHeight, level, rest))
 	if err != nil || t.L > 63 {
 		return TilePath{}, fmt.Errorf("tile path %q: malformed", path)
 	}
@@ -67,6 +67,6 @@ func (p TilePath) In(size uint64) bool {
 	if p.Level > 7 || p.Width < 1 || p.Width > TileWidth {
 		return false
 	}
-	n := size >> (tileHeight * p.Level)
+	n := size >> (tilePathHeight * p.Level)
 	return p.Index < n/TileWidth || p.Index == n/TileWidth && uint64(p.Width) <= n%TileWidth
 }

@@ -29,6 +29,19 @@ var (
 	ErrNotFound = errors.New("not in the log")
 	// ErrClosed: the tree is shutting down; the leaf may or may not be added.
 	ErrClosed = errors.New("log closed")
+	// ErrExists: a tree of this name is there already.
+	ErrExists = errors.New("log exists already")
+	// ErrName: not a tree's name, which is 1 to 64 of a-z, 0-9 and hyphen.
+	ErrName = errors.New("bad log name")
+	// ErrLeaf: the leaf is empty or larger than Config.MaxQueueBytes.
+	ErrLeaf = errors.New("bad leaf")
+	// ErrStorage: the storage refused a batch (disk full, input or output
+	// error). Its leaves are kept in memory and tried again; a repeated Append
+	// waits for them.
+	ErrStorage = errors.New("log storage failed")
+	// ErrCorrupt: a hash does not fit the bytes or the tree above it. Nothing
+	// is added to the tree any more until the process starts anew.
+	ErrCorrupt = errors.New("log data damaged")
 )
 
 // HashSize is the length of every hash of a tree, SHA-256.
@@ -71,7 +84,9 @@ type Tree interface {
 	// Append adds leaf and waits until it is durable. When a leaf with the same
 	// identity is in the tree, its entry is returned and existed is true. If
 	// ctx ends first the leaf may still be integrated; nothing is lost and a
-	// repeated Append finds it. Errors: ErrBusy, ErrClosed, ctx.Err().
+	// repeated Append finds it. When the leaf is waiting to be integrated
+	// already, the caller waits for it too and existed is true. Errors:
+	// ErrBusy, ErrClosed, ErrLeaf, ErrStorage, ErrCorrupt, ctx.Err().
 	Append(ctx context.Context, leaf Leaf) (entry Entry, existed bool, err error)
 	// Root returns the newest durable root without touching the storage.
 	Root() Root
@@ -99,4 +114,6 @@ type Tree interface {
 	// tlog-tiles: level 0 holds leaf hashes), 32 × width octets, or
 	// ErrNotFound where the tree of Root().Size does not fill them yet.
 	Tile(ctx context.Context, level, index uint64, width int) ([]byte, error)
+	// Err returns why leaves are not being integrated, or nil: for readiness.
+	Err() error
 }
