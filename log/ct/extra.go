@@ -1,0 +1,77 @@
+package ct
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	ct "github.com/google/certificate-transparency-go"
+	"github.com/google/certificate-transparency-go/tls"
+)
+
+// What a leaf keeps beside its hashed value (tree.Leaf.Extra) is ours, and
+// versioned:
+//
+//	0x01 ‖ uint16 length ‖ SCT signature (DER) ‖ extra_data
+//
+// extra_data is the structure of RFC 6962, Section 4.6, and all that readers
+// see. The signature lets a resubmission get its first SCT again; the rest of
+// an SCT follows from the leaf. A later version may name issuers by hash.
+const extraVersion = 1
+
+var errExtra = errors.New("stored extra data is malformed")
+
+// encodeExtra builds the stored form for a certificate and its chain.
+func encodeExtra(signature []byte, kind ct.LogEntryType, cert []byte, chain [][]byte) ([]byte, error) {
+	certs := make([]ct.ASN1Cert, len(chain))
+	for i, der := range chain {
+		certs[i].Data = der
+	}
+	var rfc any = ct.CertificateChain{Entries: certs}
+	if kind == ct.PrecertLogEntryType {
+		rfc = ct.PrecertChainEntry{PreCertificate: ct.ASN1Cert{Data: cert}, CertificateChain: certs}
+	}
+	data, err := tls.Marshal(rfc)
+	if err != nil {
+		return nil, fmt.Errorf("encode extra data: %w", err)
+	}
+	if len(signature) > 0xffff {
+		return nil, errors.New("signature too long")
+	}
+	out := make([]byte, 0, 3+len(signature)+len(data))
+	out = append(out, extraVersion)
+	out = binary.BigEndian.AppendUint16(out, uint16(len(signature)))
+	out = append(out, signature...)
+	return append(out, data...), nil
+}
+
+// splitExtra returns the SCT signature and the RFC 6962 extra_data.
+func splitExtra(extra []byte) (signature, data []byte, err error) {
+	if len(extra) < 3 || extra[0] != extraVersion {
+		return nil, nil, errExtra
+	}
+	n := int(binary.BigEndian.Uint16(extra[1:]))
+	if len(extra) < 3+n {
+		return nil, nil, errExtra
+	}
+	return extra[3 : 3+n], extra[3+n:], nil
+}
+
+// parseExtra reads extra_data: the precertificate (nil for a certificate
+// entry) and the chain from the issuer on.
+func parseExtra(kind ct.LogEntryType, data []byte) (precert []byte, chain []ct.ASN1Cert, err error) {
+	var rest []byte
+	if kind == ct.PrecertLogEntryType {
+		var e ct.PrecertChainEntry
+		rest, err = tls.Unmarshal(data, &e)
+		precert, chain = e.PreCertificate.Data, e.CertificateChain
+	} else {
+		var e ct.CertificateChain
+		rest, err = tls.Unmarshal(data, &e)
+		chain = e.Entries
+	}
+	if err != nil || len(rest) > 0 {
+		return nil, nil, errExtra
+	}
+	return precert, chain, nil
+}

@@ -1,0 +1,167 @@
+package ct
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+
+	ct "github.com/google/certificate-transparency-go"
+	"github.com/google/certificate-transparency-go/tls"
+	ctx509 "github.com/google/certificate-transparency-go/x509"
+	"golang.org/x/crypto/cryptobyte"
+	"golang.org/x/crypto/cryptobyte/asn1"
+
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/tree"
+)
+
+// Promise is a signed SCT whose leaf is not in the log yet. It belongs to one
+// caller; Commit it once or drop it.
+type Promise struct {
+	log       *Log
+	entry     *ct.TimestampedEntry
+	signature []byte // DER ECDSA
+	sct       []byte
+}
+
+// Promise signs an SCT for a precertificate that is still to be made: tbs is
+// the DER TBSCertificate without the poison, issuerKeyHash the SHA-256 of the
+// issuer's SubjectPublicKeyInfo (RFC 6962, Section 3.2). Nothing is queued.
+// Errors: ErrUnavailable (clock or key).
+func (l *Log) Promise(ctx context.Context, issuerKeyHash [sha256.Size]byte, tbs []byte) (*Promise, error) {
+	return l.promise(ctx, &ct.TimestampedEntry{
+		EntryType: ct.PrecertLogEntryType,
+		PrecertEntry: &ct.PreCert{
+			IssuerKeyHash:  issuerKeyHash,
+			TBSCertificate: bytes.Clone(tbs),
+		},
+	})
+}
+
+// promise stamps entry with the time and signs its SCT.
+func (l *Log) promise(ctx context.Context, entry *ct.TimestampedEntry) (*Promise, error) {
+	now, err := l.cfg.Now()
+	if err != nil {
+		return nil, fmt.Errorf("read clock: %w: %w", ErrUnavailable, err)
+	}
+	ms := now.UnixMilli()
+	if ms < 0 {
+		return nil, fmt.Errorf("read clock: %w: time before 1970", ErrUnavailable)
+	}
+	entry.Timestamp = uint64(ms)
+	input, err := tls.Marshal(ct.CertificateTimestamp{
+		SCTVersion:    ct.V1,
+		SignatureType: ct.CertificateTimestampSignatureType,
+		Timestamp:     entry.Timestamp,
+		EntryType:     entry.EntryType,
+		X509Entry:     entry.X509Entry,
+		PrecertEntry:  entry.PrecertEntry,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("encode SCT input: %w", err)
+	}
+	digest := sha256.Sum256(input)
+	signature, err := l.cfg.Key.SignContext(ctx, digest[:], crypto.SHA256)
+	if err != nil {
+		if errors.Is(err, hsm.ErrBusy) || errors.Is(err, hsm.ErrLost) {
+			return nil, fmt.Errorf("sign SCT: %w: %w", ErrUnavailable, err)
+		}
+		return nil, fmt.Errorf("sign SCT: %w", err)
+	}
+	sct, err := l.encodeSCT(entry.Timestamp, signature)
+	if err != nil {
+		return nil, err
+	}
+	return &Promise{log: l, entry: entry, signature: signature, sct: sct}, nil
+}
+
+// encodeSCT is the TLS encoding of RFC 6962, Section 3.2, with no extensions.
+func (l *Log) encodeSCT(timestamp uint64, signature []byte) ([]byte, error) {
+	sct, err := tls.Marshal(ct.SignedCertificateTimestamp{
+		SCTVersion: ct.V1,
+		LogID:      ct.LogID{KeyID: l.logID},
+		Timestamp:  timestamp,
+		Signature:  ct.DigitallySigned(digitallySigned(signature)),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("encode SCT: %w", err)
+	}
+	return sct, nil
+}
+
+// SCT returns the TLS-encoded SignedCertificateTimestamp. The slice belongs to
+// the promise.
+func (p *Promise) SCT() []byte { return p.sct }
+
+// Commit puts the promised leaf into the log and returns its index when it is
+// durable. precert is the DER precertificate, whose TBS without the poison
+// must be the promised one; chain is the rest of the chain, issuer first, root
+// last. It fails with ErrConflict when the precertificate does not fit the
+// promise or is in the log under another SCT; otherwise as tree.Append does.
+func (p *Promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
+	tbs, err := defang(precert)
+	if err != nil {
+		return 0, fmt.Errorf("read precertificate: %w: %w", ErrConflict, err)
+	}
+	if p.entry.PrecertEntry == nil || !bytes.Equal(tbs, p.entry.PrecertEntry.TBSCertificate) {
+		return 0, ErrConflict
+	}
+	if len(chain) == 0 {
+		return 0, fmt.Errorf("%w: no issuer", ErrConflict)
+	}
+	leaf, err := p.leaf(precert, chain)
+	if err != nil {
+		return 0, err
+	}
+	entry, existed, err := p.log.cfg.Tree.Append(ctx, leaf)
+	if err != nil {
+		return 0, fmt.Errorf("append precertificate: %w", err)
+	}
+	if existed && !bytes.Equal(entry.Value, leaf.Value) {
+		return 0, fmt.Errorf("%w: logged before as entry %d", ErrConflict, entry.Index)
+	}
+	for _, der := range chain {
+		p.log.learn(der)
+	}
+	return entry.Index, nil
+}
+
+// leaf is the promise as the tree keeps it.
+func (p *Promise) leaf(cert []byte, chain [][]byte) (tree.Leaf, error) {
+	value, err := tls.Marshal(ct.MerkleTreeLeaf{
+		Version:          ct.V1,
+		LeafType:         ct.TimestampedEntryLeafType,
+		TimestampedEntry: p.entry,
+	})
+	if err != nil {
+		return tree.Leaf{}, fmt.Errorf("encode leaf: %w", err)
+	}
+	extra, err := encodeExtra(p.signature, p.entry.EntryType, cert, chain)
+	if err != nil {
+		return tree.Leaf{}, err
+	}
+	return tree.Leaf{Value: value, Extra: extra, Identity: identity(p.entry.EntryType, cert)}, nil
+}
+
+// identity is what makes two submissions the same: the certificate's octets
+// and the method, SHA-256(entry_type (2 octets) ‖ DER).
+func identity(kind ct.LogEntryType, cert []byte) tree.Hash {
+	h := sha256.New()
+	h.Write([]byte{byte(kind >> 8), byte(kind)})
+	h.Write(cert)
+	return tree.Hash(h.Sum(nil))
+}
+
+// defang returns the TBSCertificate of a DER precertificate without its
+// poison extension. Exactly one poison must be there.
+func defang(precert []byte) ([]byte, error) {
+	var cert, tbs cryptobyte.String
+	in := cryptobyte.String(precert)
+	if !in.ReadASN1(&cert, asn1.SEQUENCE) || !in.Empty() || !cert.ReadASN1Element(&tbs, asn1.SEQUENCE) {
+		return nil, errors.New("not a DER certificate")
+	}
+	return ctx509.RemoveCTPoison(tbs)
+}
