@@ -33,6 +33,11 @@ var (
 	ErrUnavailable = errors.New("no tree head could be signed")
 	// ErrClosed: the publisher is shut down.
 	ErrClosed = errors.New("publisher closed")
+	// ErrMismatch: the anchor belongs to another key, origin or kind of log.
+	ErrMismatch = errors.New("anchor belongs to another log")
+	// ErrAnchor: the anchor file is missing, damaged or in use. A missing one
+	// is never made silently: CreateAnchor is an operator's act.
+	ErrAnchor = errors.New("anchor unusable")
 )
 
 // Head is what is signed about a tree.

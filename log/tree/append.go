@@ -37,8 +37,8 @@ type logTree struct {
 
 	mu      sync.Mutex
 	closed  bool
-	err     error // the last batch's, nil after one that succeeded
-	bytes   int   // of the leaves in waiting
+	err     error             // the last batch's, nil after one that succeeded
+	bytes   int               // of the leaves in waiting
 	waiting map[Hash]*pending // accepted and not durable, by identity
 	queue   []*pending        // those of waiting that the storage has not got
 
