@@ -86,9 +86,9 @@ func (l *Log) serve(name string, h echo.HandlerFunc) echo.HandlerFunc {
 		}
 		f := classify(err)
 		if f.status >= http.StatusInternalServerError {
-			l.cfg.Logger.ErrorContext(c.Request().Context(), "ct request", "endpoint", name, "status", f.status, "error", err)
+			l.cfg.Logger.ErrorContext(c.Request().Context(), "request failed", "endpoint", name, "status", f.status, "error", err)
 		} else {
-			l.cfg.Logger.WarnContext(c.Request().Context(), "ct request", "endpoint", name, "status", f.status, "error", err)
+			l.cfg.Logger.WarnContext(c.Request().Context(), "request refused", "endpoint", name, "status", f.status, "error", err)
 		}
 		header := c.Response().Header()
 		header.Set("Cache-Control", "no-store")
