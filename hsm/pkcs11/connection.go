@@ -1,0 +1,127 @@
+package pkcs11
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/ThalesIgnite/crypto11"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/miekg/pkcs11"
+)
+
+// connection is one login to one token: a crypto11 context, which keeps the
+// login and a pool of signing sessions, and a session of our own for reading
+// objects. Handles of it are meaningless to any other connection.
+type connection struct {
+	raw      *pkcs11.Ctx
+	context  *crypto11.Context
+	slot     uint
+	info     hsm.TokenInfo
+	sessions int                           // signing sessions
+	sizes    map[uint]pkcs11.MechanismInfo // of mechanisms we use
+
+	mu    sync.Mutex           // held while admin is in use
+	admin pkcs11.SessionHandle // one operation at a time (PKCS#11 v2.40, Section 2.6.5)
+}
+
+// extraSessions are the sessions of a connection that do not sign: crypto11's
+// persistent one and admin.
+const extraSessions = 2
+
+// connect checks the token and logs in to it, once. The caller holds lock.
+func (m *module) connect(t *Token) (*connection, error) {
+	var info hsm.TokenInfo
+	var by uri
+	err := m.initialised(func() (err error) {
+		if info, by, err = m.locate(t.uri); err != nil {
+			return err
+		}
+		return checkPINFlags(info)
+	})
+	if err != nil {
+		return nil, err
+	}
+	for other := range m.tokens {
+		if other != t && other.conn != nil && other.conn.info.Serial == info.Serial && other.conn.info.Label == info.Label {
+			return nil, ErrOpen
+		}
+	}
+	sessions := t.cfg.MaxSessions
+	context, err := crypto11.Configure(&crypto11.Config{
+		Path: m.path, TokenSerial: by.serial, TokenLabel: by.token,
+		Pin: t.pin, MaxSessions: sessions + 1,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("log in: %w", classify(err))
+	}
+	m.live++
+	c := &connection{raw: m.raw, context: context, sessions: sessions}
+	if err := c.begin(m, t.uri); err != nil {
+		m.release(c)
+		return nil, err
+	}
+	return c, nil
+}
+
+// begin opens the reading session and learns what the token can do.
+func (c *connection) begin(m *module, u uri) error {
+	info, _, err := m.locate(u)
+	if err != nil {
+		return err
+	}
+	c.info, c.slot = info, info.Slot
+	c.sizes = map[uint]pkcs11.MechanismInfo{}
+	for _, mechanism := range []uint{pkcs11.CKM_ECDSA, pkcs11.CKM_EC_KEY_PAIR_GEN} {
+		size, err := c.raw.GetMechanismInfo(c.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(mechanism, nil)})
+		if err == nil {
+			c.sizes[mechanism] = size
+		}
+	}
+	if _, ok := c.sizes[pkcs11.CKM_ECDSA]; !ok {
+		return fmt.Errorf("token lacks CKM_ECDSA: %w", hsm.ErrUnsupported)
+	}
+	c.admin, err = c.raw.OpenSession(c.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return fmt.Errorf("open session: %w", classify(err))
+	}
+	return nil
+}
+
+// disconnect ends t's connection if it has one. The caller holds lock and gate.
+func (m *module) disconnect(t *Token) {
+	if t.conn != nil {
+		m.release(t.conn)
+		t.conn = nil
+	}
+}
+
+// release logs out and closes. On a lost device each step may fail, which is
+// nothing new. The last release finalises the library.
+func (m *module) release(c *connection) {
+	if c.admin != 0 {
+		_ = c.raw.Logout(c.admin)
+		_ = c.raw.CloseSession(c.admin)
+	}
+	_ = c.context.Close() // exactly once: a second Close panics
+	m.live--
+}
+
+// withAdmin runs f with the reading session to itself.
+func (c *connection) withAdmin(f func(pkcs11.SessionHandle) error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return f(c.admin)
+}
+
+// supports says whether the token's mechanism takes keys of this many bits. A
+// token that reports no sizes (0, 0) is believed to.
+func (c *connection) supports(mechanism uint, bits int) error {
+	size, ok := c.sizes[mechanism]
+	if !ok {
+		return fmt.Errorf("token lacks mechanism %#x: %w", mechanism, hsm.ErrUnsupported)
+	}
+	if size.MaxKeySize != 0 && (uint(bits) < size.MinKeySize || uint(bits) > size.MaxKeySize) {
+		return fmt.Errorf("token takes %d to %d bits, want %d: %w", size.MinKeySize, size.MaxKeySize, bits, hsm.ErrUnsupported)
+	}
+	return nil
+}

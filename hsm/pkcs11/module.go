@@ -1,0 +1,314 @@
+package pkcs11
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/miekg/pkcs11"
+)
+
+// ErrOpen: the token is open already in this process. A second login would
+// share the first one's session state and accept any PIN, so it is refused.
+var ErrOpen = errors.New("token is open already in this process")
+
+// registry holds the one owner of each module path. C_Initialize and
+// C_Finalize act on the whole process, so nothing else may call them.
+var registry = struct {
+	mu      sync.Mutex
+	modules map[string]*module
+}{modules: map[string]*module{}}
+
+// module owns a PKCS#11 library: when it is initialised, which tokens of it
+// are open, and their recovery.
+type module struct {
+	path string
+	raw  *pkcs11.Ctx // shares the library's state with crypto11's own handle
+
+	// lock is held, by having put a value in, while the library is initialised
+	// or finalised, tokens are opened or closed or initialised. A channel and
+	// not a mutex, so that waiting for it can end.
+	lock   chan struct{}
+	live   int                 // under lock: crypto11 contexts, so the library is initialised if > 0
+	tokens map[*Token]struct{} // under lock: what is open
+
+	// gate is held for reading during each C call on behalf of a caller, and
+	// for writing while connections are replaced.
+	gate sync.RWMutex
+
+	recovery recovery
+}
+
+// moduleFor returns the owner of the library at path, loading it the first
+// time. Two names of one file have one owner.
+func moduleFor(path string) (*module, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("load module %.200q: want an absolute path", path)
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, fmt.Errorf("load module: %w", err)
+	}
+	registry.mu.Lock()
+	defer registry.mu.Unlock()
+	if m, ok := registry.modules[real]; ok {
+		return m, nil
+	}
+	raw := pkcs11.New(real)
+	if raw == nil {
+		return nil, fmt.Errorf("load module %s: not a PKCS#11 library", real)
+	}
+	m := &module{path: real, raw: raw, lock: make(chan struct{}, 1), tokens: map[*Token]struct{}{}}
+	registry.modules[real] = m
+	return m, nil
+}
+
+// exclusive runs f while holding lock. It returns ErrBusy if ctx ends before,
+// and ErrLost if it ends while f runs; f then goes on alone, keeps the lock,
+// and late is called when it has succeeded after all.
+func (m *module) exclusive(ctx context.Context, f func() error, late func()) error {
+	select {
+	case m.lock <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("wait for module: %w (%w)", hsm.ErrBusy, context.Cause(ctx))
+	}
+	var state atomic.Int32
+	done := make(chan error, 1)
+	go func() {
+		defer func() { <-m.lock }()
+		err := f()
+		if !state.CompareAndSwap(running0, running) && err == nil {
+			late()
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		if state.CompareAndSwap(running0, abandoned) {
+			return fmt.Errorf("module gave no answer: %w (%w)", hsm.ErrLost, context.Cause(ctx))
+		}
+		return <-done // it has just finished
+	}
+}
+
+// running0 is the state of an exclusive function that nobody has ended.
+const running0 = queued
+
+// initialised runs f with the library initialised, for as long as f takes if
+// no connection keeps it so. The caller holds lock.
+func (m *module) initialised(f func() error) error {
+	if m.live == 0 {
+		if err := m.raw.Initialize(); err != nil {
+			return fmt.Errorf("initialise module: %w", classify(err))
+		}
+		defer func() { _ = m.raw.Finalize() }() // nothing is open, so nothing is lost
+	}
+	return f()
+}
+
+// present lists the initialised tokens that are there. A slot that cannot be
+// read is passed over: a stranger's broken reader must not stop ours.
+func (m *module) present() ([]hsm.TokenInfo, error) {
+	slots, err := m.raw.GetSlotList(true)
+	if err != nil {
+		return nil, fmt.Errorf("list slots: %w", classify(err))
+	}
+	var version string
+	if info, err := m.raw.GetInfo(); err == nil {
+		version = fmt.Sprintf("%d.%d", info.LibraryVersion.Major, info.LibraryVersion.Minor)
+	}
+	var tokens []hsm.TokenInfo
+	for _, slot := range slots {
+		info, err := m.raw.GetTokenInfo(slot)
+		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			continue
+		}
+		t := tokenInfo(slot, info)
+		t.Module, t.ModuleVersion = m.path, version
+		tokens = append(tokens, t)
+	}
+	return tokens, nil
+}
+
+// locate finds the one present token that u names, and the serial number or
+// label that singles it out among all of them.
+func (m *module) locate(u uri) (found hsm.TokenInfo, by uri, err error) {
+	tokens, err := m.present()
+	if err != nil {
+		return found, by, err
+	}
+	var matches, serials, labels int
+	for _, t := range tokens {
+		if u.names(t) {
+			found = t
+			matches++
+		}
+	}
+	switch {
+	case matches == 0:
+		return found, by, fmt.Errorf("token: %w", hsm.ErrNotFound)
+	case matches > 1:
+		return found, by, fmt.Errorf("%d tokens: %w", matches, hsm.ErrAmbiguous)
+	}
+	for _, t := range tokens {
+		if t.Serial == found.Serial {
+			serials++
+		}
+		if t.Label == found.Label {
+			labels++
+		}
+	}
+	switch {
+	case found.Serial != "" && serials == 1:
+		return found, uri{serial: found.Serial}, nil
+	case found.Label != "" && labels == 1:
+		return found, uri{token: found.Label}, nil
+	}
+	return found, by, fmt.Errorf("neither its serial number nor its label is its own: %w", hsm.ErrAmbiguous)
+}
+
+// flagNames are the token flags by value (PKCS#11 v2.40, Section 3.2, CK_TOKEN_INFO).
+var flagNames = []struct {
+	flag uint
+	name string
+}{
+	{pkcs11.CKF_RNG, "RNG"},
+	{pkcs11.CKF_WRITE_PROTECTED, "WRITE_PROTECTED"},
+	{pkcs11.CKF_LOGIN_REQUIRED, "LOGIN_REQUIRED"},
+	{pkcs11.CKF_USER_PIN_INITIALIZED, "USER_PIN_INITIALIZED"},
+	{pkcs11.CKF_RESTORE_KEY_NOT_NEEDED, "RESTORE_KEY_NOT_NEEDED"},
+	{pkcs11.CKF_CLOCK_ON_TOKEN, "CLOCK_ON_TOKEN"},
+	{pkcs11.CKF_PROTECTED_AUTHENTICATION_PATH, "PROTECTED_AUTHENTICATION_PATH"},
+	{pkcs11.CKF_DUAL_CRYPTO_OPERATIONS, "DUAL_CRYPTO_OPERATIONS"},
+	{pkcs11.CKF_TOKEN_INITIALIZED, "TOKEN_INITIALIZED"},
+	{pkcs11.CKF_USER_PIN_COUNT_LOW, "USER_PIN_COUNT_LOW"},
+	{pkcs11.CKF_USER_PIN_FINAL_TRY, "USER_PIN_FINAL_TRY"},
+	{pkcs11.CKF_USER_PIN_LOCKED, "USER_PIN_LOCKED"},
+	{pkcs11.CKF_USER_PIN_TO_BE_CHANGED, "USER_PIN_TO_BE_CHANGED"},
+	{pkcs11.CKF_SO_PIN_COUNT_LOW, "SO_PIN_COUNT_LOW"},
+	{pkcs11.CKF_SO_PIN_FINAL_TRY, "SO_PIN_FINAL_TRY"},
+	{pkcs11.CKF_SO_PIN_LOCKED, "SO_PIN_LOCKED"},
+	{pkcs11.CKF_SO_PIN_TO_BE_CHANGED, "SO_PIN_TO_BE_CHANGED"},
+	{pkcs11.CKF_ERROR_STATE, "ERROR_STATE"},
+}
+
+// refusing are the flags under which no PIN is sent.
+var refusing = []string{"USER_PIN_COUNT_LOW", "USER_PIN_FINAL_TRY", "USER_PIN_LOCKED", "USER_PIN_TO_BE_CHANGED"}
+
+// tokenInfo translates a CK_TOKEN_INFO, without its padding.
+func tokenInfo(slot uint, info pkcs11.TokenInfo) hsm.TokenInfo {
+	trim := func(s string) string { return strings.TrimRight(s, " \x00") }
+	version := func(v pkcs11.Version) string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
+	t := hsm.TokenInfo{
+		Label: trim(info.Label), Manufacturer: trim(info.ManufacturerID),
+		Model: trim(info.Model), Serial: trim(info.SerialNumber),
+		Firmware: version(info.FirmwareVersion), Hardware: version(info.HardwareVersion),
+		Slot: slot,
+	}
+	for _, f := range flagNames {
+		if info.Flags&f.flag != 0 {
+			t.Flags = append(t.Flags, f.name)
+		}
+	}
+	return t
+}
+
+// checkPINFlags refuses a token whose flags say that a wrong PIN was entered
+// before, or that there is no PIN. Nothing was sent to it.
+func checkPINFlags(t hsm.TokenInfo) error {
+	has := func(name string) bool {
+		for _, f := range t.Flags {
+			if f == name {
+				return true
+			}
+		}
+		return false
+	}
+	for _, name := range refusing {
+		if has(name) {
+			return fmt.Errorf("token flag %s is set: %w", name, hsm.ErrPIN)
+		}
+	}
+	if !has("USER_PIN_INITIALIZED") {
+		return fmt.Errorf("token has no user PIN: %w", hsm.ErrPIN)
+	}
+	return nil
+}
+
+// InitToken makes a token with this label in the first slot that has none, and
+// sets its SO PIN and its user PIN. It never touches an initialised token: a
+// label that exists is ErrExists, no free slot is ErrNotFound. It may be called
+// while other tokens of the module are open.
+func InitToken(modulePath, label string, soPIN, pin []byte) error {
+	if len(label) == 0 || len(label) > 32 {
+		return fmt.Errorf("initialise token: label of %d octets, want 1 to 32", len(label))
+	}
+	m, err := moduleFor(modulePath)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	err = m.exclusive(ctx, func() error {
+		return m.initialised(func() error { return m.initToken(label, soPIN, pin) })
+	}, func() {})
+	if err != nil {
+		return fmt.Errorf("initialise token %s: %w", label, err)
+	}
+	return nil
+}
+
+// initToken does InitToken's work; the library is initialised.
+func (m *module) initToken(label string, soPIN, pin []byte) error {
+	tokens, err := m.present()
+	if err != nil {
+		return err
+	}
+	for _, t := range tokens {
+		if t.Label == label {
+			return hsm.ErrExists
+		}
+	}
+	slot, err := m.freeSlot()
+	if err != nil {
+		return err
+	}
+	if err := m.raw.InitToken(slot, string(soPIN), label); err != nil {
+		return fmt.Errorf("C_InitToken: %w", classify(err))
+	}
+	session, err := m.raw.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return fmt.Errorf("open session: %w", classify(err))
+	}
+	defer func() { _ = m.raw.CloseSession(session) }() // also logs out
+	if err := m.raw.Login(session, pkcs11.CKU_SO, string(soPIN)); err != nil {
+		return fmt.Errorf("log in as security officer: %w", classify(err))
+	}
+	if err := m.raw.InitPIN(session, string(pin)); err != nil {
+		return fmt.Errorf("set user PIN: %w", classify(err))
+	}
+	return nil
+}
+
+// freeSlot returns a slot whose token is present and not initialised.
+func (m *module) freeSlot() (uint, error) {
+	slots, err := m.raw.GetSlotList(true)
+	if err != nil {
+		return 0, fmt.Errorf("list slots: %w", classify(err))
+	}
+	for _, slot := range slots {
+		info, err := m.raw.GetTokenInfo(slot)
+		if err == nil && info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			return slot, nil
+		}
+	}
+	return 0, fmt.Errorf("free slot: %w", hsm.ErrNotFound)
+}

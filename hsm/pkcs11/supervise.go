@@ -1,0 +1,165 @@
+package pkcs11
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// errRecovering is what a token answers while its module is being reopened.
+var errRecovering = fmt.Errorf("token is being reopened: %w", hsm.ErrBusy)
+
+// The pace of recovery.
+const (
+	// retryWait is how long a call that lost its connection waits for a new
+	// one before it gives ErrLost.
+	retryWait = 2 * time.Second
+	// firstPause and lastPause bound the doubling pause between attempts.
+	firstPause = 50 * time.Millisecond
+	lastPause  = 2 * time.Second
+)
+
+// recovery is the state of a module's supervisor. At most one attempt runs.
+//
+//	up ──lost──▶ reopening ──all tokens open──▶ up
+//	                 │ ▲ └──not yet: pause──┘
+//	                 └──PIN refused──▶ dead
+type recovery struct {
+	mu    sync.Mutex
+	done  chan struct{} // not nil while reopening; closed when it ends
+	fatal error         // why the module is dead, nil if it is not
+}
+
+// why says why there is no connection.
+func (r *recovery) why() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.fatal != nil {
+		return r.fatal
+	}
+	return errRecovering
+}
+
+// lose reports that t's connection is lost. The first report starts the
+// supervisor, which logs to t's logger; later ones change nothing. The caller holds gate for reading.
+func (m *module) lose(t *Token, err error) {
+	r := &m.recovery
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.done != nil || r.fatal != nil {
+		return
+	}
+	r.done = make(chan struct{})
+	go m.recover(t.log, err)
+}
+
+// recovered waits for a running recovery and says whether the module is up.
+func (m *module) recovered(ctx context.Context) bool {
+	m.recovery.mu.Lock()
+	done := m.recovery.done
+	m.recovery.mu.Unlock()
+	if done != nil {
+		timeout := time.NewTimer(retryWait)
+		defer timeout.Stop()
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return false
+		case <-timeout.C:
+			return false
+		}
+	}
+	m.recovery.mu.Lock()
+	defer m.recovery.mu.Unlock()
+	return m.recovery.fatal == nil && m.recovery.done == nil
+}
+
+// recover closes every connection of the module and opens them all again, as
+// often as it takes. It ends when all are open, when none is wanted any more,
+// or for good when a PIN is refused.
+func (m *module) recover(log *slog.Logger, cause error) {
+	began := time.Now()
+	log.Warn("connection lost, reopening the module", "module", m.path, "error", cause)
+	pause := firstPause
+	for {
+		err := m.reopen()
+		if err == nil {
+			break
+		}
+		if errors.Is(err, hsm.ErrPIN) {
+			log.Error("module is dead: PIN refused while reopening", "error", err)
+			m.finish(err)
+			return
+		}
+		log.Warn("module not reopened yet", "error", err, "pause", pause)
+		time.Sleep(pause)
+		pause = min(2*pause, lastPause)
+	}
+	log.Warn("module reopened", "after", time.Since(began))
+	m.finish(nil)
+}
+
+// finish ends the recovery.
+func (m *module) finish(fatal error) {
+	r := &m.recovery
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fatal = fatal
+	close(r.done)
+	r.done = nil
+}
+
+// reopen is one attempt: drain, close all, open all. If one token cannot be
+// opened all are closed again, so that the next attempt starts from a library
+// that is not initialised.
+func (m *module) reopen() error {
+	m.lock <- struct{}{}
+	defer func() { <-m.lock }()
+	m.gate.Lock() // waits for running calls; new ones get errRecovering
+	defer m.gate.Unlock()
+	m.disconnectAll()
+	for t := range m.tokens {
+		if err := t.reconnect(); err != nil {
+			m.disconnectAll()
+			return fmt.Errorf("reopen %s: %w", t.uri, err)
+		}
+	}
+	return nil
+}
+
+func (m *module) disconnectAll() {
+	for t := range m.tokens {
+		m.disconnect(t)
+	}
+}
+
+// reconnect logs in again and finds every key again. A key that does not come
+// back as it was is lost for good, and only that key. The caller holds lock and
+// gate.
+func (t *Token) reconnect() error {
+	conn, err := t.module.connect(t)
+	if err != nil {
+		return err
+	}
+	t.conn = conn
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.info = conn.info
+	for _, k := range t.keys {
+		h := &handle{conn: conn}
+		h.pair, h.err = conn.resolve(t.uri.key(k.label, k.id), &k.ref.SPKI)
+		if temporary(h.err) {
+			return h.err
+		}
+		if h.err != nil {
+			t.log.Error("key did not come back with the token", "key", k.ref.URI, "error", h.err)
+		}
+		k.handle.Store(h)
+	}
+	return nil
+}

@@ -1,0 +1,113 @@
+package hsm
+
+import (
+	"fmt"
+	"sort"
+	"strings"
+)
+
+// Role is what a key is for. A role decides the Policy of its key.
+type Role string
+
+// The roles of our keys (design.md, "Which keys").
+const (
+	RoleRoot         Role = "root"
+	RoleTSARoot      Role = "tsa-root"
+	RoleIntermediate Role = "intermediate"
+	RoleCT           Role = "ct"
+	RoleRekorV1      Role = "rekor-v1"
+	RoleRekorV2      Role = "rekor-v2"
+	RoleTSA          Role = "tsa"
+	RoleTUF          Role = "tuf"
+)
+
+// Policy returns what the role allows. The two roots are kept offline and may
+// be backed up by wrapping and restored; every other key, and every key of an
+// unknown role, has the strictest policy.
+func (r Role) Policy() Policy {
+	switch r {
+	case RoleRoot, RoleTSARoot:
+		return Policy{Extractable: true, Restored: true}
+	}
+	return Policy{}
+}
+
+// Policy says what the attributes of a private key may be. The zero Policy is
+// the strictest: made in the token, never extractable, for signing only.
+type Policy struct {
+	// Extractable allows the key to be wrapped for backup. It stays SENSITIVE.
+	Extractable bool
+	// Restored allows a key that was unwrapped into the token (LOCAL,
+	// ALWAYS_SENSITIVE and NEVER_EXTRACTABLE are then false).
+	Restored bool
+}
+
+// PolicyFloor is what every key must satisfy, whatever its role: sensitive,
+// private, permanent, unchangeable, and good for signing alone.
+var PolicyFloor = Policy{Extractable: true, Restored: true}
+
+// requirements returns the attributes that the policy demands, by the names of
+// Evidence.Attributes.
+func (p Policy) requirements() map[string]string {
+	want := map[string]string{
+		"TOKEN": "true", "PRIVATE": "true", "SENSITIVE": "true", "SIGN": "true",
+		"DECRYPT": "false", "UNWRAP": "false", "DERIVE": "false", "MODIFIABLE": "false",
+	}
+	if !p.Restored {
+		want["LOCAL"] = "true"
+		want["ALWAYS_SENSITIVE"] = "true"
+	}
+	if !p.Extractable {
+		want["EXTRACTABLE"] = "false"
+		if !p.Restored {
+			want["NEVER_EXTRACTABLE"] = "true"
+		}
+	}
+	return want
+}
+
+// Check compares attributes, named as in Evidence.Attributes, with the policy.
+// An attribute that is required but absent or unavailable is a violation. The
+// error wraps ErrPolicy and names every attribute that differs.
+func (p Policy) Check(attributes map[string]string) error {
+	var wrong []string
+	for name, want := range p.requirements() {
+		if got := attributes[name]; got != want {
+			wrong = append(wrong, fmt.Sprintf("%s is %q, want %s", name, got, want))
+		}
+	}
+	if len(wrong) == 0 {
+		return nil
+	}
+	sort.Strings(wrong)
+	return fmt.Errorf("%s: %w", strings.Join(wrong, ", "), ErrPolicy)
+}
+
+// LevelOf returns the evidence level that a token's own statements support.
+// Attestation is not a statement of the module, so LevelAttested never comes
+// from here.
+func LevelOf(token TokenInfo, attributes map[string]string) Level {
+	switch {
+	case IsSoftware(token):
+		return LevelSoftware
+	case attributes["LOCAL"] != "true":
+		return LevelRestored
+	}
+	return LevelModule
+}
+
+// softwareMarks are found, in lower case, in the manufacturer or model of the
+// tokens that are known to be software.
+var softwareMarks = []string{"softhsm", "swtpm", "mozilla", "nss ", "gnome", "opencryptoki soft", "ibm soft", "kryoptic"}
+
+// IsSoftware says whether the token is known to be software. A false answer is
+// not evidence of hardware: a module says of itself what it likes.
+func IsSoftware(token TokenInfo) bool {
+	text := strings.ToLower(token.Manufacturer + "\n" + token.Model)
+	for _, mark := range softwareMarks {
+		if strings.Contains(text, mark) {
+			return true
+		}
+	}
+	return false
+}
