@@ -1,0 +1,63 @@
+# Every target does its own set-up. `make demo` and `make test` are the two to
+# know; README.md says what they show.
+
+GO          ?= go
+BIN         := bin
+COSIGN_V    := v3.1.3
+COSIGN      := $(BIN)/cosign-$(COSIGN_V)
+LINT_V      := v2.5.0
+LINT        := $(BIN)/golangci-lint-$(LINT_V)
+BENCHTIME   ?= 3s
+FUZZTIME    ?= 60s
+
+# Debian packages, each with a command or file that shows it is there.
+PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd python3
+SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.DEFAULT_GOAL := help
+.PHONY: help build deps demo test test-clients lint bench fuzz clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+deps: ## install the Debian packages that are missing
+	@missing=""; for p in $(PACKAGES); do \
+	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	@command -v $(GO) >/dev/null || { echo "make: Go 1.26 is needed (https://go.dev/dl)"; exit 1; }
+
+build: deps ## build both programs into bin/
+	$(GO) build -trimpath -o $(BIN)/ ./cmd/chancery ./cmd/chancery-ceremony
+
+demo: build ## set up everything in ./chancery-demo, sign a file and verify it
+	$(BIN)/chancery demo --once --dir chancery-demo
+
+test: deps ## run every test, with the race detector, on real SoftHSM and swtpm
+	CHANCERY_REQUIRE_HSM=1 $(GO) test -race -timeout 15m ./...
+
+$(COSIGN):
+	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/sigstore/cosign/v3/cmd/cosign@$(COSIGN_V)
+	mv $(BIN)/tmp/cosign $@
+
+test-clients: build $(COSIGN) ## sign and verify with unmodified cosign
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_BIN=$(abspath $(BIN)/chancery) \
+	  $(GO) test -count=1 -timeout 15m -run 'TestCosign' -v ./test
+
+$(LINT):
+	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_V)
+	mv $(BIN)/tmp/golangci-lint $@
+
+lint: deps $(LINT) ## vet and lint
+	$(GO) vet ./...
+	$(LINT) run ./...
+
+bench: deps ## measure the whole path; prints ratios within one run
+	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 30m ./test
+
+fuzz: deps ## run every fuzz target for FUZZTIME
+	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+clean: ## remove what was built
+	rm -rf $(BIN)

@@ -1,0 +1,140 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"github.com/labstack/echo/v4/middleware"
+)
+
+// phase is where in its life the service is.
+type phase int32
+
+const (
+	starting phase = iota
+	serving
+	draining
+)
+
+type readiness struct{ phase atomic.Int32 }
+
+func (r *readiness) set(p phase) { r.phase.Store(int32(p)) }
+
+// Ready returns nil when a request of every kind would be answered, else why
+// not. It reads memory only: no token and no disk is touched.
+func (s *Service) Ready() error {
+	switch phase(s.state.phase.Load()) {
+	case starting:
+		return errors.New("starting")
+	case draining:
+		return errors.New("shutting down")
+	}
+	if _, err := s.clock.Now(); err != nil {
+		return err
+	}
+	return errors.Join(prefixed("CT log", s.ctHeads.Err()), prefixed("signature log", s.rekHeads.Err()), prefixed("logs", s.engine.Err()))
+}
+
+func prefixed(part string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return errors.New(part + ": " + err.Error())
+}
+
+// status is the body of a gateway-style error, as every Sigstore client
+// expects it.
+type status struct {
+	Code    int      `json:"code"`
+	Message string   `json:"message"`
+	Details []string `json:"details"`
+}
+
+// newEcho makes the echo instance on which every package registers its routes.
+func (s *Service) newEcho() *echo.Echo {
+	e := echo.New()
+	e.HideBanner, e.HidePort = true, true
+	e.HTTPErrorHandler = s.fallback
+	e.Use(middleware.RecoverWithConfig(middleware.RecoverConfig{
+		LogErrorFunc: func(c echo.Context, err error, stack []byte) error {
+			s.log.Error("request panicked", "err", err, "stack", string(stack))
+			return echo.ErrInternalServerError
+		},
+	}))
+	return e
+}
+
+// fallback answers what no package answered itself: unknown paths and methods
+// (as the gateway of the public service does) and panics.
+func (s *Service) fallback(err error, c echo.Context) {
+	if c.Response().Committed {
+		return
+	}
+	code, body := http.StatusInternalServerError, status{Code: 13, Message: "internal error"}
+	var he *echo.HTTPError
+	if errors.As(err, &he) {
+		switch he.Code {
+		case http.StatusNotFound:
+			code, body = he.Code, status{Code: 5, Message: "Not Found"}
+		case http.StatusMethodNotAllowed:
+			code, body = http.StatusNotImplemented, status{Code: 12, Message: "Method Not Allowed"}
+		case http.StatusInternalServerError:
+		default:
+			code, body = he.Code, status{Code: 3, Message: http.StatusText(he.Code)}
+		}
+	} else {
+		s.log.Error("request failed", "err", err)
+	}
+	body.Details = []string{}
+	if err := c.JSON(code, body); err != nil {
+		s.log.Debug("answer not sent", "err", err)
+	}
+}
+
+// registerHealth adds /healthz (the process answers) and /readyz (every part
+// could serve a request now; the reasons are for the operator's log only).
+func (s *Service) registerHealth() {
+	s.echo.GET("/healthz", func(c echo.Context) error {
+		return c.JSON(http.StatusOK, map[string]string{"status": "SERVING"})
+	})
+	s.echo.GET("/readyz", func(c echo.Context) error {
+		if err := s.Ready(); err != nil {
+			s.log.Warn("not ready", "err", err)
+			c.Response().Header().Set("Retry-After", "1")
+			return c.JSON(http.StatusServiceUnavailable, map[string]string{"status": "NOT_SERVING"})
+		}
+		return c.JSON(http.StatusOK, map[string]string{"status": "SERVING"})
+	})
+}
+
+// Watch calls alive every interval while the service can still be saved by
+// waiting; when it cannot (a token call that never returns), it stops calling,
+// and the process's watchdog restarts it. It returns when ctx ends.
+func (s *Service) Watch(ctx context.Context, interval time.Duration, alive func()) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if s.wedged() == nil {
+				alive()
+			}
+		}
+	}
+}
+
+// wedged returns the error of a token that hangs in a call.
+func (s *Service) wedged() error {
+	for name, token := range s.tokens {
+		if w, ok := token.(interface{ Err() error }); ok && w.Err() != nil {
+			return errors.New("token " + name + ": " + w.Err().Error())
+		}
+	}
+	return nil
+}

@@ -1,0 +1,124 @@
+package service
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/pkcs11"
+)
+
+// onlineRoles are the keys that the service signs with. The roots stay where
+// the ceremony left them.
+var onlineRoles = []trust.Role{trust.RoleIntermediate, trust.RoleCT, trust.RoleRekor, trust.RoleTSA}
+
+// maxChain bounds a certificate file, in octets.
+const maxChain = 1 << 20
+
+// openKeys logs in to the tokens that hold an online key, each once, and opens
+// the keys by URI and public key.
+func (s *Service) openKeys(ctx context.Context) error {
+	ring, err := trust.LoadKeyRing(filepath.Join(s.cfg.Trust, "keys.yaml"))
+	if err != nil {
+		return err
+	}
+	for name := range s.cfg.Tokens {
+		if _, ok := ring.Tokens[name]; !ok {
+			return fmt.Errorf("configuration names token %q: keys.yaml does not have it", name)
+		}
+	}
+	for _, role := range onlineRoles {
+		key := ring.Keys[role]
+		token, err := s.openToken(ctx, key.Token, ring.Tokens[key.Token])
+		if err != nil {
+			return fmt.Errorf("open token %q: %w", key.Token, err)
+		}
+		if s.keys[role], err = token.Open(ctx, key.Ref()); err != nil {
+			return fmt.Errorf("open %s key: %w", role, err)
+		}
+	}
+	return nil
+}
+
+func (s *Service) openToken(ctx context.Context, name string, where trust.Token) (hsm.Token, error) {
+	if token, ok := s.tokens[name]; ok {
+		return token, nil
+	}
+	how, ok := s.cfg.Tokens[name]
+	if !ok {
+		return nil, errors.New("the configuration has no PIN for it (tokens)")
+	}
+	if (hsm.Ref{URI: where.URI}).Scheme() != "pkcs11" {
+		return nil, fmt.Errorf("URI %q: %w", where.URI, hsm.ErrUnsupported)
+	}
+	token, err := openPKCS11(ctx, where, how, s)
+	if err != nil {
+		return nil, err
+	}
+	s.tokens[name] = token
+	return token, nil
+}
+
+func openPKCS11(ctx context.Context, where trust.Token, how config.Token, s *Service) (hsm.Token, error) {
+	pin, err := how.PIN.Read()
+	if err != nil {
+		return nil, err
+	}
+	defer clear(pin)
+	return pkcs11.Open(ctx, pkcs11.Config{
+		Module: where.Module, URI: where.URI, PIN: pin,
+		MaxSessions: how.Sessions, MaxQueue: how.Queue, Deadline: how.Deadline, Logger: s.log,
+	})
+}
+
+// readChain reads the certificates of a PEM file, first to last.
+func readChain(path string) ([]*x509.Certificate, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read certificates: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read
+	rest, err := io.ReadAll(io.LimitReader(f, maxChain))
+	if err != nil {
+		return nil, fmt.Errorf("read certificates: %w", err)
+	}
+	var chain []*x509.Certificate
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("read certificates %s: a %s block in it", path, block.Type)
+		}
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("read certificates %s: %w", path, err)
+		}
+		chain = append(chain, certificate)
+	}
+	if len(chain) == 0 {
+		return nil, fmt.Errorf("read certificates %s: none in it", path)
+	}
+	return chain, nil
+}
+
+// asn1OID converts an object identifier to the form that encoding/asn1 uses.
+func asn1OID(id x509.OID) (asn1.ObjectIdentifier, error) {
+	der, err := id.MarshalBinary()
+	if err != nil {
+		return nil, err
+	}
+	var out asn1.ObjectIdentifier
+	_, err = asn1.Unmarshal(append([]byte{asn1.TagOID, byte(len(der))}, der...), &out)
+	return out, err
+}

@@ -1,0 +1,338 @@
+// Package service puts the house together: from one configuration it opens the
+// tokens, the logs, the authorities and their routes, and serves them on one
+// TLS listener.
+//
+// It promises an order. At start: tokens and keys (each key by its URI and its
+// public key), logs (locked, compared with their anchors), authorities
+// (certificates compared with keys), and only then the listener. At the end:
+// not ready, no new requests, requests in flight answered, heads signed, logs
+// drained, tokens logged out. A part that does not fit stops the start; there
+// is no reduced service.
+//
+// It trusts the configuration and the trust folder of the ceremony. It is the
+// only place where the certificate authority and the logs meet.
+package service
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"golang.org/x/net/netutil"
+
+	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/identity"
+	caserver "github.com/chancery-ca/chancery/ca/server"
+	"github.com/chancery-ca/chancery/ca/tsa"
+	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/ct"
+	"github.com/chancery-ca/chancery/log/head"
+	"github.com/chancery-ca/chancery/log/rekor"
+	"github.com/chancery-ca/chancery/log/tree"
+)
+
+const (
+	// mergeDelay is the CT log's promise: a tree head includes every leaf at
+	// most this long after its SCT.
+	mergeDelay = 60 * time.Second
+	// headInterval is the least time between two heads of a log on which
+	// nobody waits.
+	headInterval = time.Second
+	// drainTime is how long requests in flight and the logs get at shutdown.
+	drainTime = 20 * time.Second
+	// maxConnections bounds the open connections of the listener.
+	maxConnections = 8192
+)
+
+// Options are what the configuration file cannot say.
+type Options struct {
+	Logger *slog.Logger
+	// AllowLoopbackHTTP accepts an OpenID provider on http://127.0.0.1, for
+	// the demo and tests.
+	AllowLoopbackHTTP bool
+}
+
+// Service is everything that runs behind the listener.
+type Service struct {
+	cfg   *config.Config
+	log   *slog.Logger
+	clock *clock
+
+	tokens   map[string]hsm.Token
+	keys     map[trust.Role]hsm.Key
+	identity *identity.Verifier
+	engine   *tree.Engine
+	ctHeads  *head.Publisher
+	rekHeads *head.Publisher
+	echo     *echo.Echo
+
+	state readiness
+}
+
+// treeName and anchorPath are the one place that says where a log lives.
+func treeName(kind string, l config.Log) string { return kind + "-" + l.Shard }
+
+func logDir(cfg *config.Config) string { return filepath.Join(cfg.State, "log") }
+
+func anchorPath(cfg *config.Config, name string) string {
+	return filepath.Join(cfg.State, "anchor", name+".anchor")
+}
+
+// Create makes the logs and their anchors that the configuration names. It is
+// the only way in which a log begins; one that exists is an error.
+func Create(ctx context.Context, cfg *config.Config, opts Options) error {
+	if err := os.MkdirAll(filepath.Join(cfg.State, "anchor"), 0o700); err != nil {
+		return fmt.Errorf("create state folder: %w", err)
+	}
+	engine, err := tree.Open(ctx, tree.Config{Dir: logDir(cfg), Now: newClock(opts.Logger).Now, Logger: opts.Logger})
+	if err != nil {
+		return fmt.Errorf("open logs: %w", err)
+	}
+	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
+	for _, name := range []string{treeName("ct", cfg.CT), treeName("rekor", cfg.Rekor)} {
+		if err := head.CreateAnchor(anchorPath(cfg, name)); err != nil {
+			return fmt.Errorf("create anchor of log %s: %w", name, err)
+		}
+		if err := engine.Create(ctx, name); err != nil {
+			return fmt.Errorf("create log %s: %w", name, err)
+		}
+	}
+	return err
+}
+
+// Open starts everything but the listener. On error nothing is left open.
+func Open(ctx context.Context, cfg *config.Config, opts Options) (s *Service, err error) {
+	s = &Service{
+		cfg: cfg, log: opts.Logger, clock: newClock(opts.Logger),
+		tokens: map[string]hsm.Token{}, keys: map[trust.Role]hsm.Key{},
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close(context.WithoutCancel(ctx)))
+		}
+	}()
+	if err := s.openKeys(ctx); err != nil {
+		return nil, err
+	}
+	chain, err := readChain(filepath.Join(cfg.Trust, "chain.pem"))
+	if err != nil {
+		return nil, err
+	}
+	ctLog, rekorLog, err := s.openLogs(ctx, chain[len(chain)-1])
+	if err != nil {
+		return nil, err
+	}
+	authority, err := s.openCA(ctx, chain, ctLog, opts)
+	if err != nil {
+		return nil, err
+	}
+	timestamps, err := s.openTSA()
+	if err != nil {
+		return nil, err
+	}
+	s.echo = s.newEcho()
+	authority.Register(s.echo)
+	timestamps.Register(s.echo.Group(""))
+	ctLog.Register(s.echo.Group("/ct/" + cfg.CT.Shard))
+	rekorLog.Register(s.echo.Group(""))
+	rekorLog.Register(s.echo.Group("/log/" + cfg.Rekor.Shard))
+	s.registerHealth()
+	return s, nil
+}
+
+// openLogs opens both trees and starts their publishers.
+func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log, *rekor.Log, error) {
+	var err error
+	s.engine, err = tree.Open(ctx, tree.Config{Dir: logDir(s.cfg), Now: s.clock.Now, Logger: s.log})
+	if err != nil {
+		return nil, nil, fmt.Errorf("open logs: %w", err)
+	}
+	ctKey, rekorKey := s.keys[trust.RoleCT], s.keys[trust.RoleRekor]
+
+	ctFormat, err := ct.NewFormat(s.cfg.CT.Origin, ctKey.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("open CT log: %w", err)
+	}
+	ctTree, ctHeads, err := s.openLog(ctx, treeName("ct", s.cfg.CT), ctKey, ctFormat, headInterval, mergeDelay/2)
+	s.ctHeads = ctHeads
+	if err != nil {
+		return nil, nil, fmt.Errorf("open CT log: %w", err)
+	}
+	ctLog, err := ct.New(ct.Config{
+		Tree: ctTree, Heads: ctHeads, Key: ctKey, Roots: []*x509.Certificate{root},
+		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("open CT log: %w", err)
+	}
+
+	rekorFormat, err := rekor.NewFormat(s.cfg.Rekor.Origin, rekorKey.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("open signature log: %w", err)
+	}
+	rekorTree, rekorHeads, err := s.openLog(ctx, treeName("rekor", s.cfg.Rekor), rekorKey, rekorFormat, 0, 0)
+	s.rekHeads = rekorHeads
+	if err != nil {
+		return nil, nil, fmt.Errorf("open signature log: %w", err)
+	}
+	rekorLog, err := rekor.New(rekor.Config{
+		Tree: rekorTree, Heads: rekorHeads, Origin: s.cfg.Rekor.Origin, PublicKey: rekorKey.Public(),
+		Now: s.clock.Now, Logger: s.log,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("open signature log: %w", err)
+	}
+	return ctLog, rekorLog, nil
+}
+
+func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format head.Format, interval, maxAge time.Duration) (tree.Tree, *head.Publisher, error) {
+	t, err := s.engine.Tree(ctx, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	heads, err := head.Open(ctx, head.Config{
+		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name),
+		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	s.clock.Observe(heads.Latest().Time)
+	return t, heads, nil
+}
+
+// openCA opens the certificate authority and joins it to the CT log.
+func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log *ct.Log, opts Options) (*caserver.Server, error) {
+	authority, err := ca.New(ca.Config{
+		Key: s.keys[trust.RoleIntermediate], Chain: chain, SCTs: sctSource{log},
+		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open certificate authority: %w", err)
+	}
+	s.identity, err = identity.New(ctx, s.cfg.CA.Issuers, identity.Options{
+		AllowLoopbackHTTP: opts.AllowLoopbackHTTP, Now: s.clock.Now, Logger: s.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open identity issuers: %w", err)
+	}
+	server, err := caserver.New(caserver.Config{Authority: authority, Identity: s.identity, Logger: s.log})
+	if err != nil {
+		return nil, fmt.Errorf("open issuance server: %w", err)
+	}
+	return server, nil
+}
+
+func (s *Service) openTSA() (*tsa.Authority, error) {
+	chain, err := readChain(filepath.Join(s.cfg.Trust, "tsa-chain.pem"))
+	if err != nil {
+		return nil, err
+	}
+	policy, err := x509.ParseOID(s.cfg.TSA.Policy)
+	if err != nil {
+		return nil, fmt.Errorf("read timestamp policy: %w", err)
+	}
+	id, err := asn1OID(policy)
+	if err != nil {
+		return nil, fmt.Errorf("read timestamp policy: %w", err)
+	}
+	authority, err := tsa.New(tsa.Config{
+		Key: s.keys[trust.RoleTSA], Chain: chain, Now: s.clock.Now, Policy: id, Logger: s.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open timestamp authority: %w", err)
+	}
+	return authority, nil
+}
+
+// sctSource is the CT log as the certificate authority needs it: ca and log do
+// not know each other.
+type sctSource struct{ log *ct.Log }
+
+func (s sctSource) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
+	return s.log.Promise(ctx, issuerKeyHash, tbs)
+}
+
+// Listen opens the TLS listener that the configuration names.
+func (s *Service) Listen() (net.Listener, error) {
+	pair, err := tls.LoadX509KeyPair(s.cfg.TLS.Certificate, s.cfg.TLS.Key)
+	if err != nil {
+		return nil, fmt.Errorf("load TLS certificate: %w", err)
+	}
+	plain, err := net.Listen("tcp", s.cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return tls.NewListener(netutil.LimitListener(plain, maxConnections), &tls.Config{
+		Certificates: []tls.Certificate{pair},
+		MinVersion:   tls.VersionTLS12,
+		NextProtos:   []string{"h2", "http/1.1"},
+	}), nil
+}
+
+// Serve answers requests on l until ctx ends, then drains: it returns when the
+// requests in flight are answered or drainTime is over. Close is the caller's.
+func (s *Service) Serve(ctx context.Context, l net.Listener) error {
+	server := &http.Server{
+		Handler:           s.echo,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       60 * time.Second,
+		WriteTimeout:      60 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: 250},
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(l) }()
+	s.state.set(serving)
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+	}
+	s.state.set(draining)
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+	defer cancel()
+	if err := server.Shutdown(drain); err != nil {
+		return errors.Join(fmt.Errorf("drain requests: %w", err), server.Close())
+	}
+	return nil
+}
+
+// Handler is the whole service without a listener, for tests and benchmarks.
+func (s *Service) Handler() http.Handler { return s.echo }
+
+// Close signs the last heads, drains the logs and logs out of the tokens. It
+// may be called on a service that opened only in part, and once.
+func (s *Service) Close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	var errs []error
+	for _, heads := range []*head.Publisher{s.ctHeads, s.rekHeads} {
+		if heads != nil {
+			errs = append(errs, heads.Close(ctx))
+		}
+	}
+	if s.engine != nil {
+		errs = append(errs, s.engine.Close(ctx))
+	}
+	if s.identity != nil {
+		errs = append(errs, s.identity.Close())
+	}
+	for _, token := range s.tokens {
+		errs = append(errs, token.Close())
+	}
+	return errors.Join(errs...)
+}

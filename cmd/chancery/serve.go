@@ -1,0 +1,186 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"runtime/debug"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
+	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/log/tree"
+)
+
+func newServe() *cobra.Command {
+	var path, level string
+	cmd := &cobra.Command{
+		Use:   "serve --config FILE",
+		Short: "Run the whole service on one TLS listener",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger, err := newLogger(cmd.ErrOrStderr(), level)
+			if err != nil {
+				return &usageError{err, cmd.CommandPath()}
+			}
+			cfg, err := loadConfig(path)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), cfg, logger)
+		},
+	}
+	addConfigFlag(cmd, &path)
+	cmd.Flags().StringVar(&level, "log-level", "info", "least `level` to log: debug, info, warn, error")
+	return cmd
+}
+
+// serve runs the service until ctx ends and reports its life to systemd.
+func serve(ctx context.Context, cfg *config.Config, logger *slog.Logger) (err error) {
+	s, err := service.Open(ctx, cfg, service.Options{Logger: logger})
+	if err != nil {
+		return startHint(err)
+	}
+	defer func() { err = errors.Join(err, s.Close(context.WithoutCancel(ctx))) }()
+	l, err := s.Listen()
+	if err != nil {
+		return err
+	}
+	notify(logger, daemon.SdNotifyReady)
+	logger.Info("serving", "url", cfg.URL, "listen", l.Addr().String(), "version", version())
+	if interval, err := daemon.SdWatchdogEnabled(false); err == nil && interval > 0 {
+		go s.Watch(ctx, interval/3, func() { notify(logger, daemon.SdNotifyWatchdog) })
+	}
+	err = s.Serve(ctx, l)
+	notify(logger, daemon.SdNotifyStopping)
+	logger.Info("stopping", "err", err)
+	return err
+}
+
+func notify(logger *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		logger.Warn("systemd not notified", "err", err)
+	}
+}
+
+// startHint says what usually mends a start that failed.
+func startHint(err error) error {
+	switch {
+	case errors.Is(err, tree.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+		return hint(err, "a new service needs its logs made once: chancery init --config FILE")
+	}
+	return err
+}
+
+func newInit() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "init --config FILE",
+		Short: "Create the empty logs of a new service, once",
+		Long: "Create the empty logs and their anchors in the state folder. A log begins only\n" +
+			"here: serve refuses to run without one, so that a lost disk is noticed.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(path)
+			if err != nil {
+				return err
+			}
+			logger, err := newLogger(cmd.ErrOrStderr(), "warn")
+			if err != nil {
+				return err
+			}
+			if err := service.Create(cmd.Context(), cfg, service.Options{Logger: logger}); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "created   logs %s and %s in %s\n", cfg.CT.Shard, cfg.Rekor.Shard, cfg.State)
+			return err
+		},
+	}
+	addConfigFlag(cmd, &path)
+	return cmd
+}
+
+func newConfig() *cobra.Command {
+	var path string
+	check := &cobra.Command{
+		Use:   "check --config FILE",
+		Short: "Read the configuration and say whether it is good",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if _, err := loadConfig(path); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "good      %s\n", path)
+			return err
+		},
+	}
+	addConfigFlag(check, &path)
+	cmd := &cobra.Command{Use: "config", Short: "Work with the configuration file", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(check)
+	return cmd
+}
+
+func newVersion() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "chancery %s\n", version())
+			return err
+		},
+	}
+}
+
+// version is the module's version, or the commit it was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && (v == "" || v == "(devel)") {
+			v = s.Value
+		}
+	}
+	if v == "" {
+		return "unknown"
+	}
+	return v
+}
+
+// defaultConfig is where the package and the systemd unit put the file.
+const defaultConfig = "/etc/chancery/chancery.yaml"
+
+func addConfigFlag(cmd *cobra.Command, path *string) {
+	cmd.Flags().StringVar(path, "config", defaultConfig, "configuration `file`")
+}
+
+func loadConfig(path string) (*config.Config, error) {
+	cfg, err := config.Load(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, hint(err, "start from the commented example, config/example/chancery.yaml")
+	}
+	return cfg, err
+}
+
+func newLogger(w io.Writer, level string) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, fmt.Errorf("log level %q: want debug, info, warn or error", level)
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: l, ReplaceAttr: trimTime})), nil
+}
+
+// trimTime writes times with milliseconds; the journal has its own.
+func trimTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		a.Value = slog.StringValue(a.Value.Time().UTC().Format("2006-01-02T15:04:05.000Z"))
+	}
+	return a
+}

@@ -1,0 +1,271 @@
+// Package config reads the service's one configuration file.
+//
+// It promises that a Config that it returns is complete and consistent: every
+// field is known, present or defaulted, and within its range; an unknown or
+// double key is an error that names the line. It never contains a secret: a
+// PIN is a reference (Secret) to a systemd credential or to a file that only
+// its owner can read.
+//
+// Data flows one way: the file's octets → Config → cmd, which hands each
+// package what it needs. Nothing but cmd imports this package.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/chancery-ca/chancery/ca/identity"
+)
+
+// ErrInvalid: the file is not a configuration. The text says where and why.
+var ErrInvalid = errors.New("invalid configuration")
+
+// maxFile bounds the file, in octets.
+const maxFile = 1 << 20
+
+// Config is the whole configuration of `chancery serve`.
+type Config struct {
+	// Version is 1.
+	Version int `yaml:"version"`
+	// URL is the service's public base URL, https, without a path or a final
+	// slash. Certificates and trust files name it.
+	URL string `yaml:"url"`
+	// Listen is the address of the one TLS listener, HOST:PORT.
+	Listen string `yaml:"listen"`
+	// TLS is the server's own certificate.
+	TLS TLS `yaml:"tls"`
+	// State is the directory of the logs and their anchors.
+	State string `yaml:"state"`
+	// Trust is the directory of the ceremony's outputs: keys.yaml, chain.pem,
+	// tsa-chain.pem and the client files.
+	Trust string `yaml:"trust"`
+	// Tokens says how to log in to the tokens that keys.yaml names.
+	Tokens map[string]Token `yaml:"tokens"`
+	// CA is who may have which certificate.
+	CA CA `yaml:"ca"`
+	// CT and Rekor are the current shards of the two logs.
+	CT    Log `yaml:"ct"`
+	Rekor Log `yaml:"rekor"`
+	// TSA is the timestamp authority.
+	TSA TSA `yaml:"tsa"`
+}
+
+// TLS names PEM files. The key's file must be readable by its owner alone.
+type TLS struct {
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+}
+
+// Token says how a token is used. Zero numbers mean the defaults.
+type Token struct {
+	// PIN is the user PIN.
+	PIN Secret `yaml:"pin"`
+	// Sessions is how many signatures the token makes at once, 2 to 1,024;
+	// default 16.
+	Sessions int `yaml:"sessions"`
+	// Queue is how many callers may wait for a session before the rest is
+	// refused, 1 to 100,000; default 1,024.
+	Queue int `yaml:"queue"`
+	// Deadline is how long the token may take for one operation before it is
+	// taken for dead; default 10 s.
+	Deadline time.Duration `yaml:"deadline"`
+}
+
+// CA configures the certificate authority.
+type CA struct {
+	// Lifetime of a certificate, 1 to 10 minutes; default 10.
+	Lifetime time.Duration `yaml:"lifetime"`
+	// Issuers are the OpenID Connect issuers, in Fulcio's form, by issuer URL.
+	Issuers identity.Config `yaml:"oidc-issuers"`
+}
+
+// Log names a shard of a log.
+type Log struct {
+	// Shard is the shard's name in paths and on disk, [a-z0-9-]{1,64}.
+	Shard string `yaml:"shard"`
+	// Origin is the first line of its checkpoints. It can never change.
+	// Default: for CT HOST[:PORT]/ct/SHARD, for Rekor HOST.
+	Origin string `yaml:"origin"`
+}
+
+// TSA configures the timestamp authority.
+type TSA struct {
+	// Policy is the object identifier in every timestamp, in dotted form.
+	Policy string `yaml:"policy"`
+}
+
+// Load reads the file at path. Relative paths in it are relative to its folder.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open configuration: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("locate configuration: %w", err)
+	}
+	return Parse(data, dir)
+}
+
+// Parse reads a configuration from YAML octets; relative paths in it are taken
+// below dir. Every error wraps ErrInvalid.
+func Parse(data []byte, dir string) (*Config, error) {
+	if len(data) > maxFile {
+		return nil, fmt.Errorf("%w: more than %d octets", ErrInvalid, maxFile)
+	}
+	c := new(Config)
+	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
+	if err := dec.Decode(c); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%w: more than one document", ErrInvalid)
+	}
+	c.resolve(dir)
+	if err := c.finish(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return c, nil
+}
+
+// resolve makes relative paths absolute.
+func (c *Config) resolve(dir string) {
+	for _, path := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust} {
+		if *path != "" && !filepath.IsAbs(*path) {
+			*path = filepath.Join(dir, *path)
+		}
+	}
+	for name, token := range c.Tokens {
+		token.PIN.resolve(dir)
+		c.Tokens[name] = token
+	}
+}
+
+// finish fills in defaults and checks every field.
+func (c *Config) finish() error {
+	if c.Version != 1 {
+		return fmt.Errorf("version: %d, want 1", c.Version)
+	}
+	host, err := checkURL(c.URL)
+	if err != nil {
+		return err
+	}
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	for name, value := range map[string]string{
+		"tls.certificate": c.TLS.Certificate, "tls.key": c.TLS.Key, "state": c.State, "trust": c.Trust,
+	} {
+		if value == "" {
+			return fmt.Errorf("%s: missing", name)
+		}
+	}
+	if err := c.finishTokens(); err != nil {
+		return err
+	}
+	if err := c.CA.finish(); err != nil {
+		return err
+	}
+	if err := c.CT.finish("ct", host+"/ct/"+c.CT.Shard); err != nil {
+		return err
+	}
+	bare, _, _ := strings.Cut(host, ":")
+	if err := c.Rekor.finish("rekor", bare); err != nil {
+		return err
+	}
+	return c.TSA.finish()
+}
+
+func (c *Config) finishTokens() error {
+	if len(c.Tokens) == 0 {
+		return errors.New("tokens: missing")
+	}
+	for name, t := range c.Tokens {
+		if err := t.PIN.check(); err != nil {
+			return fmt.Errorf("tokens.%s.pin: %w", name, err)
+		}
+		if t.Sessions == 0 {
+			t.Sessions = 16
+		}
+		if t.Queue == 0 {
+			t.Queue = 1024
+		}
+		if t.Deadline == 0 {
+			t.Deadline = 10 * time.Second
+		}
+		if t.Sessions < 2 || t.Sessions > 1024 || t.Queue < 1 || t.Queue > 100_000 || t.Deadline < 100*time.Millisecond || t.Deadline > 5*time.Minute {
+			return fmt.Errorf("tokens.%s: sessions 2 to 1024, queue 1 to 100000, deadline 100ms to 5m", name)
+		}
+		c.Tokens[name] = t
+	}
+	return nil
+}
+
+func (c *CA) finish() error {
+	if c.Lifetime == 0 {
+		c.Lifetime = 10 * time.Minute
+	}
+	if c.Lifetime < time.Minute || c.Lifetime > 10*time.Minute || c.Lifetime%time.Second != 0 {
+		return fmt.Errorf("ca.lifetime: %s, want whole seconds from 1m to 10m", c.Lifetime)
+	}
+	if err := c.Issuers.Validate(); err != nil {
+		return fmt.Errorf("ca.oidc-issuers: %w", err)
+	}
+	return nil
+}
+
+var shardName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
+
+func (l *Log) finish(name, origin string) error {
+	if !shardName.MatchString(l.Shard) {
+		return fmt.Errorf("%s.shard: %.80q, want 1 to 64 of a-z, 0-9 and inner -", name, l.Shard)
+	}
+	if l.Origin == "" {
+		l.Origin = origin
+	}
+	if strings.ContainsAny(l.Origin, " \t\r\n+") || len(l.Origin) > 255 {
+		return fmt.Errorf("%s.origin: %.80q has white space or +, or is too long", name, l.Origin)
+	}
+	return nil
+}
+
+// defaultPolicy is the timestamp policy of Sigstore's authority, which every
+// client accepts.
+const defaultPolicy = "1.3.6.1.4.1.57264.2"
+
+var dottedOID = regexp.MustCompile(`^[0-2](\.(0|[1-9][0-9]{0,9})){2,30}$`)
+
+func (t *TSA) finish() error {
+	if t.Policy == "" {
+		t.Policy = defaultPolicy
+	}
+	if !dottedOID.MatchString(t.Policy) {
+		return fmt.Errorf("tsa.policy: %.80q is not an object identifier", t.Policy)
+	}
+	return nil
+}
+
+// checkURL returns the host[:port] of a base URL.
+func checkURL(raw string) (string, error) {
+	u, err := url.Parse(raw)
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
+		return "", fmt.Errorf("url: %.200q, want https://HOST[:PORT] and nothing after it", raw)
+	}
+	return u.Host, nil
+}
