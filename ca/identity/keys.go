@@ -1,0 +1,288 @@
+package identity
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	jose "github.com/go-jose/go-jose/v4"
+	"golang.org/x/time/rate"
+)
+
+const (
+	// minRefresh and maxRefresh bound the time between two background
+	// fetches; between them the issuer's Cache-Control decides.
+	minRefresh = 30 * time.Second
+	maxRefresh = 5 * time.Minute
+	// firstRetry is the pause after a failed fetch; it doubles up to maxRetry.
+	firstRetry = time.Second
+	maxRetry   = time.Minute
+	// maxStale is how long keys stay in use when they cannot be fetched again:
+	// about as long as an ID token lives.
+	maxStale = time.Hour
+	// askWait is how long a request waits for a fetch.
+	askWait = 2 * time.Second
+	// askBurst fetches may be asked for at once by tokens with unknown keys,
+	// then one in askEvery.
+	askBurst = 2
+	askEvery = 30 * time.Second
+	// unknownFor is how long a key id that was not found stays refused without
+	// asking again; maxUnknown such ids are remembered.
+	unknownFor = 30 * time.Second
+	maxUnknown = 256
+)
+
+// snapshot is an issuer's key set at one time. It is immutable.
+type snapshot struct {
+	keys       []jose.JSONWebKey
+	algorithms []string      // what may sign; not empty
+	lifetime   time.Duration // until the next background fetch
+	fetched    time.Time     // with a monotonic reading; set by the keyring
+}
+
+// keyring holds one issuer's keys. One goroutine, run, makes every fetch;
+// requests only read the snapshot, and wait for a fetch when their key id is
+// not in it. Everything that tokens can make it do is limited: fetches by
+// bucket, memory by maxUnknown.
+type keyring struct {
+	fetch  func(context.Context) (*snapshot, error)
+	idle   func() // called when run ends
+	logger *slog.Logger
+
+	current atomic.Pointer[snapshot]
+	wake    chan struct{} // buffered: somebody asks for a fetch
+	bucket  *rate.Limiter
+
+	mu      sync.Mutex
+	flight  *flight              // the fetch asked for or under way, or nil; guarded by mu
+	unknown map[string]time.Time // key id → until when it is refused; guarded by mu
+	lastErr error                // of the last fetch; guarded by mu
+	closed  bool                 // run has ended; guarded by mu
+}
+
+// flight is one fetch that any number of requests wait for.
+type flight struct{ done chan struct{} }
+
+var (
+	errLimited = errors.New("too many fetches")
+	errClosed  = errors.New("verifier is closed")
+)
+
+func newKeyring(fetch func(context.Context) (*snapshot, error), idle func(), logger *slog.Logger) *keyring {
+	return &keyring{
+		fetch: fetch, idle: idle, logger: logger,
+		wake:    make(chan struct{}, 1),
+		bucket:  rate.NewLimiter(rate.Every(askEvery), askBurst),
+		unknown: map[string]time.Time{},
+	}
+}
+
+// run fetches at once, then when the keys' lifetime is over, when a fetch is
+// asked for, and after failures with growing pauses, until ctx ends.
+func (k *keyring) run(ctx context.Context) {
+	defer k.close()
+	retry := firstRetry
+	for {
+		f := k.begin()
+		set, err := k.fetchOnce(ctx)
+		k.finish(f, set, err)
+		pause := retry
+		if err == nil {
+			pause, retry = set.lifetime, firstRetry
+		} else {
+			retry = min(2*retry, maxRetry)
+			if ctx.Err() == nil {
+				k.logger.Warn("issuer keys not refreshed", "err", err)
+			}
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-k.wake:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
+
+func (k *keyring) fetchOnce(ctx context.Context) (*snapshot, error) {
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	set, err := k.fetch(ctx)
+	if err == nil {
+		set.fetched = time.Now()
+	}
+	return set, err
+}
+
+// begin takes over the flight that was asked for, or starts one.
+func (k *keyring) begin() *flight {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.flight == nil {
+		k.flight = &flight{done: make(chan struct{})}
+	}
+	return k.flight
+}
+
+func (k *keyring) finish(f *flight, set *snapshot, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err == nil {
+		k.current.Store(set)
+		for _, key := range set.keys {
+			delete(k.unknown, key.KeyID)
+		}
+	}
+	k.lastErr = err
+	k.flight = nil
+	select {
+	case <-k.wake: // asked for while this fetch was under way: answered by it
+	default:
+	}
+	close(f.done)
+}
+
+func (k *keyring) close() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.closed = true
+	if k.flight != nil {
+		close(k.flight.done)
+		k.flight = nil
+	}
+	k.idle()
+}
+
+// find returns the keys with the id, all keys for the empty id. If there is
+// none it has the keys fetched again, within limits, and looks once more.
+// Errors: ErrToken, ErrUnavailable.
+func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWebKey, error) {
+	if set, keys := k.lookup(id); len(keys) > 0 {
+		return set, keys, nil
+	}
+	if k.isUnknown(id) {
+		return nil, nil, refuse("key is not the issuer's")
+	}
+	err := k.ask(ctx)
+	set, keys := k.lookup(id)
+	switch {
+	case len(keys) > 0:
+		return set, keys, nil
+	case set == nil:
+		return nil, nil, fmt.Errorf("%w: no keys of the issuer", ErrUnavailable)
+	case err == nil:
+		k.remember(id)
+	}
+	return nil, nil, refuse("key is not the issuer's")
+}
+
+// lookup reads the snapshot; it is nil when there is none that is fresh enough.
+func (k *keyring) lookup(id string) (*snapshot, []jose.JSONWebKey) {
+	set := k.current.Load()
+	if set == nil || time.Since(set.fetched) > maxStale {
+		return nil, nil
+	}
+	if id == "" {
+		return set, set.keys
+	}
+	for i := range set.keys {
+		if set.keys[i].KeyID == id {
+			return set, set.keys[i : i+1]
+		}
+	}
+	return set, nil
+}
+
+// ask waits for the fetch that is under way, or has one made if the bucket
+// allows, for at most askWait. It is nil when the keys were fetched.
+func (k *keyring) ask(ctx context.Context) error {
+	f, err := k.join()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, askWait)
+	defer cancel()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-f.done:
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.lastErr
+}
+
+func (k *keyring) join() (*flight, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.closed:
+		return nil, errClosed
+	case k.flight != nil:
+		return k.flight, nil
+	case !k.bucket.Allow():
+		return nil, errLimited
+	}
+	k.flight = &flight{done: make(chan struct{})}
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+	return k.flight, nil
+}
+
+func (k *keyring) isUnknown(id string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	until, ok := k.unknown[id]
+	return ok && time.Now().Before(until)
+}
+
+func (k *keyring) remember(id string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.unknown) >= maxUnknown {
+		for old, until := range k.unknown {
+			if time.Now().After(until) {
+				delete(k.unknown, old)
+			}
+		}
+	}
+	if len(k.unknown) < maxUnknown {
+		k.unknown[id] = time.Now().Add(unknownFor)
+	}
+}
+
+func (k *keyring) health() IssuerHealth {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	h := IssuerHealth{Err: k.lastErr}
+	if set := k.current.Load(); set != nil {
+		h.Keys, h.Fetched = len(set.keys), set.fetched
+	}
+	return h
+}
+
+// lifetime reads max-age from a Cache-Control header (RFC 9111, Section
+// 5.2.2.1) and keeps it within bounds.
+func lifetime(cacheControl string) time.Duration {
+	for directive := range strings.SplitSeq(cacheControl, ",") {
+		name, value, _ := strings.Cut(strings.TrimSpace(directive), "=")
+		if !strings.EqualFold(name, "max-age") {
+			continue
+		}
+		if seconds, err := strconv.ParseUint(strings.Trim(value, `"`), 10, 31); err == nil {
+			return min(max(time.Duration(seconds)*time.Second, minRefresh), maxRefresh)
+		}
+	}
+	return maxRefresh
+}

@@ -1,0 +1,208 @@
+package identity
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	jose "github.com/go-jose/go-jose/v4"
+)
+
+const (
+	// maxKeys bounds an issuer's key set; a larger one is refused whole.
+	maxKeys = 64
+	// minRSA is the least size of an issuer's RSA key, in bits.
+	minRSA = 2048
+)
+
+// source is one configured issuer.
+type source struct {
+	issuer Issuer
+	kind   kind
+	client *http.Client
+	keys   *keyring
+}
+
+func newSource(issuer Issuer, opts Options) (*source, error) {
+	u, err := url.Parse(issuer.IssuerURL)
+	if err != nil {
+		return nil, fmt.Errorf("%w: parse issuer-url: %w", ErrConfig, err)
+	}
+	if err := checkURL(u, opts.LoopbackHTTP); err != nil {
+		return nil, fmt.Errorf("%w: issuer %.200q: %w", ErrConfig, issuer.IssuerURL, err)
+	}
+	client, err := newClient(issuer, opts)
+	if err != nil {
+		return nil, err
+	}
+	s := &source{issuer: issuer, kind: kinds[issuer.Type], client: client}
+	s.keys = newKeyring(s.fetch, client.CloseIdleConnections, opts.Logger.With("issuer", issuer.IssuerURL))
+	return s, nil
+}
+
+// verify checks the token's signature with the issuer's keys, and has go-oidc
+// check issuer, audience and times a second time, on what was signed.
+func (s *source) verify(ctx context.Context, t *token, now time.Time) error {
+	set, keys, err := s.keys.find(ctx, t.keyID)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(set.algorithms, t.algorithm) {
+		return refuse("signature algorithm is not the issuer's")
+	}
+	verifier := oidc.NewVerifier(s.issuer.IssuerURL, candidates(keys), &oidc.Config{
+		ClientID:             s.issuer.ClientID,
+		SupportedSigningAlgs: []string{t.algorithm},
+		Now:                  func() time.Time { return now },
+	})
+	if _, err := verifier.Verify(ctx, t.raw); err != nil {
+		return refuse("signature does not verify") // err may quote claims
+	}
+	return nil
+}
+
+// candidates is an oidc.KeySet of the keys that may have signed a token.
+type candidates []jose.JSONWebKey
+
+var errSignature = errors.New("no key verifies the signature")
+
+// VerifySignature implements oidc.KeySet.
+func (c candidates) VerifySignature(_ context.Context, raw string) ([]byte, error) {
+	jws, err := jose.ParseSignedCompact(raw, joseAlgorithms)
+	if err != nil {
+		return nil, errSignature
+	}
+	for _, key := range c {
+		if key.Algorithm != "" && key.Algorithm != jws.Signatures[0].Header.Algorithm {
+			continue
+		}
+		if payload, err := jws.Verify(key.Key); err == nil {
+			return payload, nil
+		}
+	}
+	return nil, errSignature
+}
+
+var joseAlgorithms = func() (out []jose.SignatureAlgorithm) {
+	for _, a := range algorithms {
+		out = append(out, jose.SignatureAlgorithm(a))
+	}
+	return out
+}()
+
+// fetch reads the issuer's discovery document (OpenID Connect Discovery 1.0,
+// Section 4) and its key set.
+func (s *source) fetch(ctx context.Context) (*snapshot, error) {
+	provider, err := oidc.NewProvider(oidc.ClientContext(ctx, s.client), s.issuer.IssuerURL)
+	if err != nil {
+		return nil, brief("discover issuer", err)
+	}
+	var meta struct {
+		Keys       string   `json:"jwks_uri"`
+		Algorithms []string `json:"id_token_signing_alg_values_supported"`
+	}
+	if err := provider.Claims(&meta); err != nil {
+		return nil, brief("read discovery document", err)
+	}
+	set := &snapshot{algorithms: usable(meta.Algorithms)}
+	if len(set.algorithms) == 0 {
+		return nil, errors.New("issuer offers no signature algorithm that is allowed")
+	}
+	body, header, err := s.get(ctx, meta.Keys)
+	if err != nil {
+		return nil, brief("read key set", err)
+	}
+	set.lifetime = lifetime(header.Get("Cache-Control"))
+	if set.keys, err = parseKeys(body); err != nil {
+		return nil, brief("parse key set", err)
+	}
+	return set, nil
+}
+
+func (s *source) get(ctx context.Context, url string) ([]byte, http.Header, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		return nil, nil, fmt.Errorf("status %d", resp.StatusCode)
+	}
+	body, err := io.ReadAll(resp.Body)
+	return body, resp.Header, err
+}
+
+// brief keeps an error's text short: some quote the whole answer.
+func brief(what string, err error) error { return fmt.Errorf("%s: %.200s", what, err.Error()) }
+
+// usable are the algorithms that the issuer advertises and we allow; RS256 if
+// it advertises none (OpenID Connect Core 1.0, Section 3.1.3.7).
+func usable(advertised []string) []string {
+	if len(advertised) == 0 {
+		return []string{oidc.RS256}
+	}
+	var out []string
+	for _, a := range algorithms {
+		if slices.Contains(advertised, a) {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// parseKeys reads a JSON Web Key Set (RFC 7517, Section 5). Keys that cannot
+// verify a token are left out: of unknown type, for encryption, symmetric,
+// private, too short.
+func parseKeys(body []byte) ([]jose.JSONWebKey, error) {
+	var raw struct {
+		Keys []json.RawMessage `json:"keys"`
+	}
+	if err := json.Unmarshal(body, &raw); err != nil {
+		return nil, errors.New("not a JSON Web Key Set")
+	}
+	if len(raw.Keys) > maxKeys {
+		return nil, fmt.Errorf("%d keys, at most %d", len(raw.Keys), maxKeys)
+	}
+	var keys []jose.JSONWebKey
+	for _, r := range raw.Keys {
+		var key jose.JSONWebKey
+		if err := json.Unmarshal(r, &key); err == nil && signs(key) {
+			keys = append(keys, key)
+		}
+	}
+	if len(keys) == 0 {
+		return nil, errors.New("no key that can verify a token")
+	}
+	return keys, nil
+}
+
+// signs says whether a key may verify tokens.
+func signs(key jose.JSONWebKey) bool {
+	if key.Use != "" && key.Use != "sig" {
+		return false
+	}
+	if key.Algorithm != "" && !slices.Contains(algorithms, key.Algorithm) {
+		return false
+	}
+	switch k := key.Key.(type) {
+	case *rsa.PublicKey:
+		return k.N.BitLen() >= minRSA
+	case *ecdsa.PublicKey, ed25519.PublicKey:
+		return key.Valid()
+	}
+	return false
+}

@@ -1,0 +1,106 @@
+package identity
+
+import (
+	"encoding/base64"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+)
+
+const (
+	// maxToken bounds a raw token in octets, before anything looks into it.
+	maxToken = 16 << 10
+	// leeway is how far nbf and iat may lie ahead of our clock. exp has none.
+	leeway = 5 * time.Minute
+)
+
+// algorithms are the signature algorithms that we accept, all of them
+// asymmetric (RFC 7518, Section 3.1; RFC 8037): never HS256, whose key would
+// be the public key, never none.
+var algorithms = []string{
+	oidc.RS256, oidc.RS384, oidc.RS512,
+	oidc.ES256, oidc.ES384, oidc.ES512,
+	oidc.PS256, oidc.PS384, oidc.PS512,
+	oidc.EdDSA,
+}
+
+// token is a token that has been taken apart and not yet verified.
+type token struct {
+	raw       string
+	algorithm string // one of algorithms
+	keyID     string // may be empty
+	claims    claims
+}
+
+// parseToken takes a compact JWS apart. It refuses by size and form before it
+// decodes, and decodes strictly.
+func parseToken(raw string) (*token, error) {
+	if raw == "" {
+		return nil, refuse("no token")
+	}
+	if len(raw) > maxToken {
+		return nil, refuse("token is too long")
+	}
+	head, rest, ok := strings.Cut(raw, ".")
+	body, signature, ok2 := strings.Cut(rest, ".")
+	if !ok || !ok2 || signature == "" || strings.Contains(signature, ".") {
+		return nil, refuse("token is not a signed compact JWS")
+	}
+	header, err := decodeSegment(head)
+	if err != nil {
+		return nil, refuse("header is not strict JSON")
+	}
+	payload, err := decodeSegment(body)
+	if err != nil {
+		return nil, refuse("payload is not strict JSON")
+	}
+	t := &token{raw: raw, algorithm: header.text("alg"), keyID: header.text("kid"), claims: payload}
+	return t, t.checkHeader(header)
+}
+
+func decodeSegment(segment string) (claims, error) {
+	b, err := base64.RawURLEncoding.Strict().DecodeString(segment)
+	if err != nil {
+		return nil, err
+	}
+	return parseClaims(b)
+}
+
+func (t *token) checkHeader(header claims) error {
+	switch {
+	case !slices.Contains(algorithms, t.algorithm):
+		return refuse("signature algorithm is not allowed")
+	case header["crit"] != nil:
+		return refuse("header has critical extensions") // RFC 7515, 4.1.11: none is understood
+	case strings.EqualFold(header.text("typ"), "logout+jwt"):
+		return refuse("a logout token is no identity token")
+	}
+	return nil
+}
+
+// check looks at the claims that every token must have (OpenID Connect Core
+// 1.0, Sections 2 and 3.1.3.7).
+func (t *token) check(audience string, now time.Time) error {
+	expiry, ok := t.claims.time("exp")
+	if !ok || !expiry.After(now) {
+		return refuse("token has expired or never does")
+	}
+	if _, given := t.claims["nbf"]; given {
+		if nbf, ok := t.claims.time("nbf"); !ok || nbf.After(now.Add(leeway)) {
+			return refuse("token is not valid yet")
+		}
+	}
+	issued, ok := t.claims.time("iat")
+	if !ok || issued.After(now.Add(leeway)) || !issued.Before(expiry) {
+		return refuse("issue time is missing or absurd")
+	}
+	if !t.claims.hasAudience(audience) {
+		return refuse("token is for another audience")
+	}
+	if t.claims.text("sub") == "" {
+		return refuse("token has no subject")
+	}
+	return nil
+}
