@@ -1,0 +1,336 @@
+package ceremony
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/tyler-smith/go-bip39"
+
+	"github.com/chancery-ca/chancery/ca/profile"
+	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// The names of the outputs. Evidence is in evidence/KEY.json.
+const (
+	definitionName = "definition.yaml"
+	ChecksumsName  = "checksums.txt"
+	evidenceFolder = "evidence/"
+)
+
+// outputNames lists every file that the ceremony will write, but the
+// transcript.
+func outputNames(d *Definition) []string {
+	names := []string{
+		definitionName, "root.pem", "intermediate.pem", "chain.pem", "tsa-chain.pem", "ct.pub", "rekor.pub",
+		"keys.yaml", "trusted_root.json", "signing_config.v0.2.json", "client_trust_config.json", ChecksumsName,
+	}
+	if d.Service.Logs.RekorV1 != nil {
+		names = append(names, "rekor-v1.pub")
+	}
+	for _, key := range sorted(d.Keys) {
+		names = append(names, evidenceFolder+key+".json")
+	}
+	return names
+}
+
+// outputs records what will be written, then writes it.
+func (r *run) outputs(s Step) error {
+	files, err := r.facts.outputFiles()
+	if err != nil {
+		return err
+	}
+	if len(r.facts.files) == 0 {
+		if err := r.record(s, Intent, outputsData{Files: files}); err != nil {
+			return err
+		}
+	}
+	for _, f := range files {
+		if err := f.write(r.opts.Dir); err != nil {
+			return err
+		}
+	}
+	return r.record(s, Done, outputsData{Files: files})
+}
+
+// checksums writes the last file, after the transcript is complete: it covers
+// the transcript too.
+func (r *run) checksums() error {
+	files, err := r.facts.outputFiles()
+	if err != nil {
+		return err
+	}
+	f, err := r.facts.checksumsFile(files, r.transcript.Records())
+	if err != nil {
+		return err
+	}
+	return f.write(r.opts.Dir)
+}
+
+// checksumsFile is read by "sha256sum -c"; its comments have the words that
+// are read aloud.
+func (f *facts) checksumsFile(files []File, records []Record) (File, error) {
+	transcript, err := transcriptFile(records)
+	if err != nil {
+		return File{}, err
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "# Ceremony %s. Check with: sha256sum -c %s\n", f.def.ID, ChecksumsName)
+	for _, w := range []struct {
+		what string
+		hash [sha256.Size]byte
+	}{
+		{"definition", f.def.Hash()},
+		{"root certificate", sha256.Sum256(f.certs[f.def.certificateOfKind(profile.Root)].Raw)},
+		{"last record", f.head},
+	} {
+		fmt.Fprintf(&b, "# %s: %s\n", w.what, Words(w.hash))
+	}
+	for _, file := range append(files, transcript) {
+		fmt.Fprintf(&b, "%s  %s\n", file.SHA256, file.Name)
+	}
+	return newFile(ChecksumsName, b.Bytes()), nil
+}
+
+// transcriptFile returns the octets that the records have on disk.
+func transcriptFile(records []Record) (File, error) {
+	var b bytes.Buffer
+	for i := range records {
+		line, err := records[i].line()
+		if err != nil {
+			return File{}, err
+		}
+		b.Write(line)
+		b.WriteByte('\n')
+	}
+	return newFile(TranscriptName, b.Bytes()), nil
+}
+
+// Words returns a SHA-256 as the 24 words of BIP-39's English list, whose last
+// word carries a checksum: for reading aloud.
+func Words(hash [sha256.Size]byte) string {
+	words, err := bip39.NewMnemonic(hash[:])
+	if err != nil { // 256 bits are a length that BIP-39 has
+		return ""
+	}
+	return words
+}
+
+// outputFiles makes every output but the transcript and the checksums. It is a
+// pure function of the definition and the records: run twice, or by a
+// verifier, it gives the same octets.
+func (f *facts) outputFiles() ([]File, error) {
+	d := f.def
+	root, inter := f.certs[d.certificateOfKind(profile.Root)], f.certs[d.certificateOfKind(profile.Intermediate)]
+	tsaRoot, tsa := f.certs[d.certificateOfKind(profile.TSARoot)], f.certs[d.certificateOfKind(profile.TSA)]
+	if root == nil || inter == nil || tsaRoot == nil || tsa == nil {
+		return nil, fmt.Errorf("%w: a certificate is missing", ErrTranscript)
+	}
+	files := []File{
+		newFile(definitionName, d.source),
+		newFile("root.pem", certificatePEM(root)),
+		newFile("intermediate.pem", certificatePEM(inter)),
+		newFile("chain.pem", certificatePEM(inter, root)),
+		newFile("tsa-chain.pem", certificatePEM(tsa, tsaRoot)),
+	}
+	for _, l := range d.logs() {
+		key := f.keys[d.keyOfRole(l.role)]
+		files = append(files, newFile(string(l.role)+".pub",
+			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: key.Evidence.PublicKey})))
+	}
+	trustFiles, err := f.trustFiles(root, inter, tsaRoot, tsa)
+	if err != nil {
+		return nil, err
+	}
+	files = append(files, trustFiles...)
+	for _, name := range sorted(d.Keys) {
+		raw, err := json.MarshalIndent(f.keys[name].Evidence, "", "  ")
+		if err != nil {
+			return nil, fmt.Errorf("encode evidence of %s: %w", name, err)
+		}
+		files = append(files, newFile(evidenceFolder+name+".json", append(raw, '\n')))
+	}
+	return files, nil
+}
+
+func certificatePEM(certs ...*x509.Certificate) []byte {
+	var b bytes.Buffer
+	for _, c := range certs {
+		b.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
+	}
+	return b.Bytes()
+}
+
+// trustFiles makes what ceremony/trust writes.
+func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File, error) {
+	ring, err := f.keyRing()
+	if err != nil {
+		return nil, err
+	}
+	ringYAML, err := ring.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	trusted, err := f.trustedRoot(root, inter, tsaRoot, tsa)
+	if err != nil {
+		return nil, err
+	}
+	trustedJSON, err := trusted.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	signingJSON, err := f.signingConfig(inter).Marshal()
+	if err != nil {
+		return nil, err
+	}
+	clientJSON, err := trust.MarshalClientConfig(trustedJSON, signingJSON)
+	if err != nil {
+		return nil, err
+	}
+	return []File{
+		newFile("keys.yaml", ringYAML),
+		newFile("trusted_root.json", trustedJSON),
+		newFile("signing_config.v0.2.json", signingJSON),
+		newFile("client_trust_config.json", clientJSON),
+	}, nil
+}
+
+// keyRing says where the keys are.
+func (f *facts) keyRing() (*trust.KeyRing, error) {
+	ring := &trust.KeyRing{Tokens: map[string]trust.Token{}, Keys: map[trust.Role]trust.Key{}}
+	for name, inv := range f.inventory {
+		ring.Tokens[name] = trust.Token{URI: observedURI(inv.Token, f.def.Tokens[name].URI), Module: inv.Token.Module}
+	}
+	for name, u := range f.def.uses {
+		k, ok := f.keys[name]
+		if !ok {
+			return nil, fmt.Errorf("%w: key %s was not made", ErrTranscript, name)
+		}
+		ring.Keys[u.role] = trust.Key{Token: f.def.Keys[name].Token, URI: k.Evidence.URI, SPKI: k.spki}
+	}
+	return ring, nil
+}
+
+// observedURI names a token as it presented itself: a rehearsal's is not the
+// one of the definition.
+func observedURI(info hsm.TokenInfo, defined string) string {
+	if info.Module == "" {
+		return defined
+	}
+	uri := "pkcs11:token=" + escape(info.Label)
+	if info.Serial != "" {
+		uri += ";serial=" + escape(info.Serial)
+	}
+	return uri
+}
+
+// escape percent-encodes what is not unreserved (RFC 7512, 2.3).
+func escape(s string) string {
+	return strings.ReplaceAll(url.QueryEscape(s), "+", "%20")
+}
+
+// trustedRoot is the content of trusted_root.json (contract: a validity start
+// everywhere, the certificate authority's window is the intermediate's).
+func (f *facts) trustedRoot(root, inter, tsaRoot, tsa *x509.Certificate) (trust.Root, error) {
+	d := f.def
+	tr := trust.Root{
+		CertificateAuthorities: []trust.Authority{authority(d.Service.URL, inter, root)},
+		TimestampAuthorities:   []trust.Authority{authority(d.Service.URL+trust.TimestampPath, tsa, tsaRoot)},
+	}
+	for _, l := range d.logs() {
+		fact := f.keys[d.keyOfRole(l.role)]
+		pub, ok := fact.public.(*ecdsa.PublicKey)
+		if !ok {
+			return tr, fmt.Errorf("%w: key of %s is not ECDSA", ErrTranscript, l.role)
+		}
+		log := trust.Log{
+			BaseURL: d.LogURL(l.role), PublicKey: pub,
+			Validity: trust.Validity{Start: f.openedAt.Truncate(time.Second)},
+		}
+		if l.role == trust.RoleCT {
+			tr.CTLogs = append(tr.CTLogs, log)
+		} else {
+			tr.Logs = append(tr.Logs, log)
+		}
+	}
+	return tr, nil
+}
+
+func authority(uri string, leaf, root *x509.Certificate) trust.Authority {
+	a := trust.Authority{
+		CommonName: root.Subject.CommonName, URI: uri, Chain: []*x509.Certificate{leaf, root},
+		Validity: trust.Validity{Start: leaf.NotBefore, End: leaf.NotAfter},
+	}
+	if len(root.Subject.Organization) > 0 {
+		a.Organization = root.Subject.Organization[0]
+	}
+	return a
+}
+
+// signingConfig is the content of signing_config.v0.2.json. Clients that take
+// the newest start must find v2 before v1.
+func (f *facts) signingConfig(inter *x509.Certificate) trust.SigningConfig {
+	d := f.def
+	operator := d.Certificates[d.certificateOfKind(profile.Root)].Subject.Organization
+	start := f.openedAt.Truncate(time.Second)
+	at := func(url string, version uint32, start time.Time) trust.Service {
+		return trust.Service{URL: url, MajorAPIVersion: version, Operator: operator, Validity: trust.Validity{Start: start}}
+	}
+	ca := at(d.Service.URL, 1, inter.NotBefore)
+	ca.Validity.End = inter.NotAfter
+	c := trust.SigningConfig{
+		CAs:   []trust.Service{ca},
+		Rekor: []trust.Service{at(d.Service.URL, 2, start)},
+		TSAs:  []trust.Service{at(d.Service.URL+trust.TimestampPath, 1, start)},
+	}
+	for _, issuer := range d.Service.OIDC {
+		c.OIDC = append(c.OIDC, at(issuer, 1, start))
+	}
+	if d.Service.Logs.RekorV1 != nil {
+		c.Rekor = append(c.Rekor, at(d.Service.URL, 1, start.Add(-time.Second)))
+	}
+	return c
+}
+
+// LogURL returns the base URL by which the trusted root names the first shard
+// of a log: URL/ct/SHARD or URL/log/SHARD. It is "" for other roles.
+func (d *Definition) LogURL(role trust.Role) string {
+	for _, l := range d.logs() {
+		switch {
+		case l.role != role:
+		case role == trust.RoleCT:
+			return d.Service.URL + "/ct/" + l.Shard.Shard
+		default:
+			return d.Service.URL + "/log/" + l.Shard.Shard
+		}
+	}
+	return ""
+}
+
+// LogOrigin returns the first line of the checkpoints of a log's first shard:
+// the bare host for Rekor v2, HOST[:port]/ct/SHARD for CT unless the
+// definition says otherwise. A Rekor v1 log's ends with its tree id, which
+// only the service knows: it is "" here.
+func (d *Definition) LogOrigin(role trust.Role) string {
+	u, err := url.Parse(d.Service.URL)
+	if err != nil { // validated
+		return ""
+	}
+	switch {
+	case role == trust.RoleRekor:
+		return u.Hostname()
+	case role == trust.RoleCT && d.Service.Logs.CT.Origin != "":
+		return d.Service.Logs.CT.Origin
+	case role == trust.RoleCT:
+		return u.Host + "/ct/" + d.Service.Logs.CT.Shard
+	}
+	return ""
+}
