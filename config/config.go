@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -86,8 +87,11 @@ type Token struct {
 type CA struct {
 	// Lifetime of a certificate, 1 to 10 minutes; default 10.
 	Lifetime time.Duration `yaml:"lifetime"`
-	// Issuers are the OpenID Connect issuers, in Fulcio's form, by issuer URL.
-	Issuers identity.Config `yaml:"oidc-issuers"`
+	// Config is the OpenID Connect issuers, in Fulcio's form: oidc-issuers.
+	identity.Config `yaml:",inline"`
+	// PrivateNetworks are networks in CIDR form, not of the public Internet,
+	// in which issuers may be; without one they are not dialled.
+	PrivateNetworks []netip.Prefix `yaml:"private-networks"`
 }
 
 // Log names a shard of a log.
@@ -132,7 +136,8 @@ func Parse(data []byte, dir string) (*Config, error) {
 	c := new(Config)
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
 	if err := dec.Decode(c); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+		// Without the lines around the fault: somebody may have put a PIN there.
+		return nil, fmt.Errorf("%w: %s", ErrInvalid, yaml.FormatError(err, false, false))
 	}
 	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("%w: more than one document", ErrInvalid)
@@ -185,8 +190,7 @@ func (c *Config) finish() error {
 	if err := c.CT.finish("ct", host+"/ct/"+c.CT.Shard); err != nil {
 		return err
 	}
-	bare, _, _ := strings.Cut(host, ":")
-	if err := c.Rekor.finish("rekor", bare); err != nil {
+	if err := c.Rekor.finish("rekor", (&url.URL{Host: host}).Hostname()); err != nil {
 		return err
 	}
 	return c.TSA.finish()
@@ -224,7 +228,7 @@ func (c *CA) finish() error {
 	if c.Lifetime < time.Minute || c.Lifetime > 10*time.Minute || c.Lifetime%time.Second != 0 {
 		return fmt.Errorf("ca.lifetime: %s, want whole seconds from 1m to 10m", c.Lifetime)
 	}
-	if err := c.Issuers.Validate(); err != nil {
+	if err := c.Config.Validate(); err != nil {
 		return fmt.Errorf("ca.oidc-issuers: %w", err)
 	}
 	return nil

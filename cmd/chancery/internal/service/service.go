@@ -58,9 +58,9 @@ const (
 // Options are what the configuration file cannot say.
 type Options struct {
 	Logger *slog.Logger
-	// AllowLoopbackHTTP accepts an OpenID provider on http://127.0.0.1, for
-	// the demo and tests.
-	AllowLoopbackHTTP bool
+	// LoopbackHTTP accepts an OpenID provider on http://127.0.0.1, for the
+	// demo and tests.
+	LoopbackHTTP bool
 }
 
 // Service is everything that runs behind the listener.
@@ -91,7 +91,7 @@ func anchorPath(cfg *config.Config, name string) string {
 
 // Create makes the logs and their anchors that the configuration names. It is
 // the only way in which a log begins; one that exists is an error.
-func Create(ctx context.Context, cfg *config.Config, opts Options) error {
+func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 	if err := os.MkdirAll(filepath.Join(cfg.State, "anchor"), 0o700); err != nil {
 		return fmt.Errorf("create state folder: %w", err)
 	}
@@ -221,8 +221,8 @@ func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log *ct
 	if err != nil {
 		return nil, fmt.Errorf("open certificate authority: %w", err)
 	}
-	s.identity, err = identity.New(ctx, s.cfg.CA.Issuers, identity.Options{
-		AllowLoopbackHTTP: opts.AllowLoopbackHTTP, Now: s.clock.Now, Logger: s.log,
+	s.identity, err = identity.New(ctx, s.cfg.CA.Config, identity.Options{
+		LoopbackHTTP: opts.LoopbackHTTP, PrivateNetworks: s.cfg.CA.PrivateNetworks, Now: s.clock.Now, Logger: s.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open identity issuers: %w", err)
@@ -329,7 +329,7 @@ func (s *Service) Close(ctx context.Context) error {
 		errs = append(errs, s.engine.Close(ctx))
 	}
 	if s.identity != nil {
-		errs = append(errs, s.identity.Close())
+		s.identity.Close()
 	}
 	for _, token := range s.tokens {
 		errs = append(errs, token.Close())

@@ -1,0 +1,176 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestExampleIsComplete(t *testing.T) {
+	c, err := Load("example/chancery.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.URL != "https://sig.acme.example" || c.CA.Lifetime != 10*time.Minute || c.Tokens["online"].Sessions != 16 ||
+		len(c.CA.OIDCIssuers) != 2 || len(c.CA.PrivateNetworks) != 1 || c.Tokens["online"].PIN.String() != "credential:hsm-pin" {
+		t.Errorf("the example was read as %+v", c)
+	}
+}
+
+const minimal = `version: 1
+url: https://sig.example:8443
+listen: 127.0.0.1:8443
+tls: {certificate: tls.pem, key: tls.key}
+state: state
+trust: /trust
+tokens: {online: {pin: "file:pin"}}
+ca: {oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}
+ct: {shard: ct1}
+rekor: {shard: log1}
+`
+
+func TestDefaults(t *testing.T) {
+	c, err := Parse([]byte(minimal), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, pair := range map[string][2]string{
+		"CT origin":    {c.CT.Origin, "sig.example:8443/ct/ct1"},
+		"Rekor origin": {c.Rekor.Origin, "sig.example"},
+		"policy":       {c.TSA.Policy, defaultPolicy},
+		"state":        {c.State, "/etc/chancery/state"},
+		"trust":        {c.Trust, "/trust"},
+		"PIN":          {c.Tokens["online"].PIN.String(), "file:/etc/chancery/pin"},
+	} {
+		if pair[0] != pair[1] {
+			t.Errorf("%s is %q, want %q", name, pair[0], pair[1])
+		}
+	}
+	if token := c.Tokens["online"]; token.Sessions != 16 || token.Queue != 1024 || token.Deadline != 10*time.Second {
+		t.Errorf("token defaults: %+v", token)
+	}
+}
+
+func TestIPv6Origin(t *testing.T) {
+	c, err := Parse([]byte(strings.Replace(minimal, "sig.example:8443", "'[::1]:8443'", 1)), "/")
+	if err == nil {
+		t.Fatalf("a quoted host inside a URL was accepted: %q", c.Rekor.Origin)
+	}
+	c, err = Parse([]byte(strings.Replace(minimal, "https://sig.example:8443", `"https://[::1]:8443"`, 1)), "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Rekor.Origin != "::1" {
+		t.Errorf("origin %q, want the bare host", c.Rekor.Origin)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	edit := func(old, new string) string {
+		if !strings.Contains(minimal, old) {
+			t.Fatalf("%q is not in the minimal configuration", old)
+		}
+		return strings.Replace(minimal, old, new, 1)
+	}
+	tests := []struct{ name, yaml, want string }{
+		{"empty", "", "EOF"},
+		{"not YAML", "\x00\x01{{{", ""},
+		{"huge", strings.Repeat("#", maxFile+1), "octets"},
+		{"unknown key", minimal + "colour: blue\n", "colour"},
+		{"unknown inner key", edit("{shard: ct1}", "{shard: ct1, size: 3}"), "size"},
+		{"double key", minimal + "state: other\n", "state"},
+		{"two documents", minimal + "---\nversion: 1\n", "more than one document"},
+		{"version", edit("version: 1", "version: 2"), "version"},
+		{"http URL", edit("https://sig.example:8443", "http://sig.example"), "https://HOST"},
+		{"URL with a path", edit("https://sig.example:8443", "https://sig.example/x"), "https://HOST"},
+		{"URL with a slash", edit("https://sig.example:8443", "https://sig.example/"), "https://HOST"},
+		{"URL with a user", edit("https://sig.example:8443", "https://a@sig.example"), "https://HOST"},
+		{"listen", edit("listen: 127.0.0.1:8443", "listen: 8443"), "listen"},
+		{"no state", edit("state: state\n", ""), "state: missing"},
+		{"no token", edit(`{online: {pin: "file:pin"}}`, "{}"), "tokens"},
+		{"no PIN", edit(`{pin: "file:pin"}`, "{sessions: 4}"), "pin"},
+		{"a PIN instead of a reference", edit(`"file:pin"`, `"s3cret"`), "reference"},
+		{"a numeric PIN", edit(`"file:pin"`, `123456`), "reference"},
+		{"a PIN beside another fault", edit(`{pin: "file:pin"}`, "{\n  colour: blue,\n  pin: s3cret}"), ""},
+		{"credential with a path", edit(`"file:pin"`, `"credential:../x"`), "a name"},
+		{"one session", edit(`{pin: "file:pin"}`, `{pin: "file:pin", sessions: 1}`), "sessions"},
+		{"negative deadline", edit(`{pin: "file:pin"}`, `{pin: "file:pin", deadline: -1s}`), "deadline"},
+		{"lifetime too long", edit("ca: {", "ca: {lifetime: 11m, "), "lifetime"},
+		{"lifetime too short", edit("ca: {", "ca: {lifetime: 30s, "), "lifetime"},
+		{"no issuer", edit(`{oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}`, "{}"), "issuer"},
+		{"issuer under another name", edit(`issuer-url: "https://idp.example"`, `issuer-url: "https://idp.example/"`), "issuer"},
+		{"private network", edit("ca: {", "ca: {private-networks: [ten], "), ""},
+		{"shard with a slash", edit("ct1", "../ct1"), "ct.shard"},
+		{"no shard", edit("{shard: log1}", "{}"), "rekor.shard"},
+		{"origin with a space", edit("{shard: log1}", `{shard: log1, origin: "a b"}`), "rekor.origin"},
+		{"policy", minimal + "tsa: {policy: 1.2.x}\n", "tsa.policy"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := Parse([]byte(test.yaml), "/etc/chancery")
+			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("error %v, want ErrInvalid that mentions %q", err, test.want)
+			}
+			if strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "123456") {
+				t.Errorf("the error repeats a PIN: %v", err)
+			}
+		})
+	}
+}
+
+func TestSecret(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, content string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	good := write("good", "1234\n", 0o400)
+	if err := os.Symlink(good, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		name string
+		s    Secret
+		want string // "" = an error
+	}{
+		{"file", FileSecret(good), "1234"},
+		{"no final newline", FileSecret(write("bare", "12 34", 0o600)), "12 34"},
+		{"readable by the group", FileSecret(write("group", "1234", 0o440)), ""},
+		{"empty", FileSecret(write("empty", "\n", 0o400)), ""},
+		{"huge", FileSecret(write("huge", strings.Repeat("1", maxSecret+1), 0o400)), ""},
+		{"missing", FileSecret(filepath.Join(dir, "none")), ""},
+		{"a folder", FileSecret(dir), ""},
+		{"a link", FileSecret(filepath.Join(dir, "link")), ""},
+		{"credential", Secret{"credential", "good"}, "1234"},
+		{"missing credential", Secret{"credential", "none"}, ""},
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := test.s.Read()
+			if (err != nil) != (test.want == "") || string(got) != test.want {
+				t.Errorf("Read gives %q, %v; want %q", got, err, test.want)
+			}
+		})
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", "")
+	if _, err := (Secret{"credential", "good"}).Read(); err == nil {
+		t.Error("a credential without systemd was read")
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(minimal))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := Parse(data, "/etc/chancery")
+		if err == nil && (c.URL == "" || len(c.Tokens) == 0 || len(c.CA.OIDCIssuers) == 0) {
+			t.Errorf("an incomplete configuration was accepted: %+v", c)
+		}
+	})
+}
