@@ -1,0 +1,390 @@
+// Package ca is the certificate authority: it turns an authenticated identity
+// and a public key that its owner has proved into a code-signing certificate
+// with an embedded SCT.
+//
+// Data flows one way: Request → TBS, built and linted (ca/profile) →
+// precertificate ∥ SCT → final certificate ∥ the log's durable leaf →
+// Certificate. The two steps of a pair run at the same time, so that of the
+// three hardware signatures (precertificate, SCT, certificate) two are on the
+// critical path:
+//
+//	            ┌ sign precertificate ┐                ┌ sign certificate ┐
+//	TBS, lints ─┤                     ├─ SCT is ours? ─┤                  ├─ release
+//	            └ SCT (CT key)        ┘                └ leaf durable     ┘
+//
+// The package promises:
+//   - The hardware signs only what the profile has linted, and only within the
+//     validity of every certificate of the CA's chain.
+//   - A certificate leaves only when its precertificate is a durable leaf of
+//     the log and its SCT is for this certificate. When either fails, what was
+//     signed is dropped and never sent.
+//   - At most MaxConcurrent requests are in work; the next gets ErrBusy at
+//     once.
+//
+// It trusts its caller for the identity and for the proof of possession, the
+// key to verify its own signatures (see hsm.Key), and the SCT source for the
+// durability that Commit reports.
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/chancery-ca/chancery/ca/identity"
+	"github.com/chancery-ca/chancery/ca/profile"
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// Errors that callers branch on. Each wraps what happened.
+var (
+	// ErrBusy: too many requests are in work, or a queue behind this package
+	// is full. Nothing was released; try again.
+	ErrBusy = errors.New("certificate authority busy")
+	// ErrUnavailable: the clock refuses, the token is lost, or the time ran
+	// out. Nothing was released; try again.
+	ErrUnavailable = errors.New("certificate authority not available")
+	// ErrIdentity: the identity or the key cannot be put into a certificate.
+	ErrIdentity = errors.New("certificate cannot carry this identity or key")
+	// ErrCA: the certificate could not be built or signed.
+	ErrCA = errors.New("certificate not signed")
+	// ErrLog: the certificate could not be entered in the log.
+	ErrLog = errors.New("certificate not logged")
+	// ErrConfig: key, chain and settings do not go together.
+	ErrConfig = errors.New("certificate authority configuration refused")
+)
+
+// SCTSource is the log that the authority needs. Its errors, and those of its
+// Promises, wrap ErrBusy or hsm.ErrBusy where trying again helps.
+type SCTSource interface {
+	// Promise has an SCT signed for a precertificate whose TBSCertificate
+	// without poison is tbs, under the issuer with that key hash (RFC 6962,
+	// Section 3.2). Nothing is queued or stored before Commit.
+	Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (Promise, error)
+}
+
+// Promise is an SCT whose leaf is not in the log yet.
+type Promise interface {
+	// SCT returns the TLS-encoded SignedCertificateTimestamp.
+	SCT() []byte
+	// Commit enters the leaf and returns when it is durable. precert is the
+	// DER precertificate and chain its issuers, root last.
+	Commit(ctx context.Context, precert []byte, chain [][]byte) (index uint64, err error)
+}
+
+// Limits and defaults of Config.
+const (
+	// DefaultLifetime is how long a certificate is valid.
+	DefaultLifetime = 10 * time.Minute
+	// DefaultMaxConcurrent is how many requests are in work at a time.
+	DefaultMaxConcurrent = 256
+)
+
+// Config is what an Authority consists of.
+type Config struct {
+	// Key signs; its public key is that of Chain[0].
+	Key hsm.Key
+	// Chain is the CA's certificates, issuer first, root last.
+	Chain []*x509.Certificate
+	// SCTs is the log.
+	SCTs SCTSource
+	// LogKey, if given, is the log's public key, with which every SCT is
+	// verified before its certificate is released. Without it the SCT's
+	// signature is trusted as the source returns it.
+	LogKey crypto.PublicKey
+	// Now is the one clock; an error refuses every request.
+	Now func() (time.Time, error)
+	// Lifetime is notAfter − notBefore, whole seconds; 0 is DefaultLifetime.
+	Lifetime time.Duration
+	// MaxConcurrent bounds the requests in work; 0 is DefaultMaxConcurrent.
+	MaxConcurrent int
+	// Logger may be nil.
+	Logger *slog.Logger
+}
+
+// Authority issues certificates. It is safe for concurrent use.
+type Authority struct {
+	cfg      Config
+	issuer   *profile.Issuer
+	chainDER [][]byte
+	chainPEM []string
+	slots    chan struct{} // one for each request in work
+}
+
+// Request is who gets a certificate for which key. The caller has verified
+// both.
+type Request struct {
+	Principal *identity.Principal
+	Public    crypto.PublicKey
+}
+
+// Certificate is a certificate that was issued and logged.
+type Certificate struct {
+	// DER is the leaf, and PEM the leaf and the chain, root last, each without
+	// white space around it.
+	DER []byte
+	PEM []string
+	// Serial is the serial number in hexadecimal.
+	Serial              string
+	NotBefore, NotAfter time.Time
+	// LogIndex is the leaf's index in the log.
+	LogIndex uint64
+}
+
+// New checks that key, chain and settings go together: the key is that of the
+// first certificate, and every certificate is a CA's, signed by the next, the
+// last by itself. It does not look at the clock: a CA whose time has not come
+// or is over refuses each request. Errors: ErrConfig.
+func New(cfg Config) (*Authority, error) {
+	if cfg.Lifetime == 0 {
+		cfg.Lifetime = DefaultLifetime
+	}
+	if cfg.MaxConcurrent == 0 {
+		cfg.MaxConcurrent = DefaultMaxConcurrent
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	issuer, err := profile.NewIssuer(cfg.Chain[0])
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	a := &Authority{cfg: cfg, issuer: issuer, slots: make(chan struct{}, cfg.MaxConcurrent)}
+	for _, cert := range cfg.Chain {
+		a.chainDER = append(a.chainDER, cert.Raw)
+		a.chainPEM = append(a.chainPEM, encodePEM(cert.Raw))
+	}
+	return a, nil
+}
+
+func (c Config) check() error {
+	switch {
+	case c.Key == nil || c.SCTs == nil || c.Now == nil:
+		return errors.New("key, log and clock are required")
+	case c.Lifetime < time.Second || c.Lifetime%time.Second != 0:
+		return fmt.Errorf("lifetime %v is not a positive number of whole seconds", c.Lifetime)
+	case c.MaxConcurrent < 0:
+		return errors.New("negative number of concurrent requests")
+	case len(c.Chain) == 0:
+		return errors.New("no certificate chain")
+	}
+	if err := checkKey(c.Key, c.Chain[0]); err != nil {
+		return err
+	}
+	return checkChain(c.Chain)
+}
+
+func checkKey(key hsm.Key, cert *x509.Certificate) error {
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return fmt.Errorf("encode public key: %w", err)
+	}
+	if !bytes.Equal(spki, cert.RawSubjectPublicKeyInfo) {
+		return fmt.Errorf("key of the first certificate: %w", hsm.ErrMismatch)
+	}
+	return nil
+}
+
+// checkChain verifies every signature of the chain, and what Fulcio asks of a
+// chain: CAs, and codeSigning in the intermediates (contract 1.8).
+func checkChain(chain []*x509.Certificate) error {
+	for i, cert := range chain {
+		parent := chain[min(i+1, len(chain)-1)]
+		if !cert.BasicConstraintsValid || !cert.IsCA {
+			return fmt.Errorf("certificate %d of the chain is not a CA's", i)
+		}
+		if err := cert.CheckSignatureFrom(parent); err != nil {
+			return fmt.Errorf("certificate %d of the chain: %w", i, err)
+		}
+		if last := i == len(chain)-1; !last && !slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageCodeSigning) {
+			return fmt.Errorf("certificate %d of the chain may not sign code", i)
+		}
+	}
+	return nil
+}
+
+func encodePEM(der []byte) string {
+	return strings.TrimSpace(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+}
+
+// ChainPEM returns the CA's certificates, issuer first and root last, each
+// without white space around it. The slice is not to be modified.
+func (a *Authority) ChainPEM() []string { return a.chainPEM }
+
+// Issue makes one certificate. Errors: ErrBusy, ErrUnavailable, ErrIdentity,
+// ErrCA, ErrLog; nothing was released with any of them.
+//
+// Who may have which certificate is decided between admit and prepare, and a
+// record of the decision becomes durable beside the log's leaf, in seal.
+func (a *Authority) Issue(ctx context.Context, req Request) (*Certificate, error) {
+	if err := a.admit(); err != nil {
+		return nil, err
+	}
+	defer a.leave()
+	leaf, err := a.prepare(req)
+	if err != nil {
+		return nil, err
+	}
+	precert, promise, err := a.precertify(ctx, leaf)
+	if err != nil {
+		return nil, err
+	}
+	der, index, err := a.seal(ctx, leaf, precert, promise)
+	if err != nil {
+		return nil, err
+	}
+	return a.certificate(leaf, der, index), nil
+}
+
+// admit takes a slot or refuses at once: waiting is the client's part.
+func (a *Authority) admit() error {
+	select {
+	case a.slots <- struct{}{}:
+		return nil
+	default:
+		return fmt.Errorf("%w: %d requests in work", ErrBusy, cap(a.slots))
+	}
+}
+
+func (a *Authority) leave() { <-a.slots }
+
+// prepare builds and lints the certificate: everything that needs no hardware.
+func (a *Authority) prepare(req Request) (*profile.Leaf, error) {
+	if req.Principal == nil {
+		return nil, fmt.Errorf("%w: no principal", ErrIdentity)
+	}
+	now, err := a.cfg.Now()
+	if err != nil {
+		return nil, fmt.Errorf("read clock: %w: %w", ErrUnavailable, err)
+	}
+	start := now.UTC().Truncate(time.Second)
+	end := start.Add(a.cfg.Lifetime)
+	if err := a.checkWindow(start, end); err != nil {
+		return nil, err
+	}
+	leaf, err := a.issuer.Leaf(profile.LeafSpec{
+		Public: req.Public, SAN: req.Principal.SAN, Extensions: req.Principal.Extensions,
+		NotBefore: start, NotAfter: end,
+	})
+	switch {
+	case errors.Is(err, profile.ErrName), errors.Is(err, profile.ErrKey):
+		return nil, fmt.Errorf("build certificate: %w: %w", ErrIdentity, err)
+	case err != nil:
+		return nil, fmt.Errorf("build certificate: %w: %w", ErrCA, err)
+	}
+	return leaf, nil
+}
+
+// checkWindow keeps a certificate within the validity of its whole chain.
+func (a *Authority) checkWindow(start, end time.Time) error {
+	for i, cert := range a.cfg.Chain {
+		if start.Before(cert.NotBefore) || end.After(cert.NotAfter) {
+			return fmt.Errorf("%w: certificate %d of the chain is valid from %s to %s", ErrCA, i,
+				cert.NotBefore.UTC().Format(time.RFC3339), cert.NotAfter.UTC().Format(time.RFC3339))
+		}
+	}
+	return nil
+}
+
+// precertify has the precertificate and the SCT signed, at the same time.
+func (a *Authority) precertify(ctx context.Context, leaf *profile.Leaf) (precert []byte, promise Promise, err error) {
+	err = both(ctx,
+		func(ctx context.Context) error {
+			der, err := leaf.SignPrecertificate(ctx, a.cfg.Key)
+			if err != nil {
+				return fmt.Errorf("sign precertificate: %w", classify(ErrCA, err))
+			}
+			precert = der
+			return nil
+		},
+		func(ctx context.Context) error {
+			p, err := a.cfg.SCTs.Promise(ctx, a.issuer.KeyHash(), leaf.LogTBS())
+			if err != nil {
+				return fmt.Errorf("obtain SCT: %w", classify(ErrLog, err))
+			}
+			promise = p
+			return nil
+		})
+	return precert, promise, err
+}
+
+// seal checks the SCT, and has the certificate signed and the leaf made
+// durable at the same time. It returns only when both are done.
+func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte, promise Promise) (der []byte, index uint64, err error) {
+	sct := promise.SCT()
+	if a.cfg.LogKey != nil {
+		if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
+			return nil, 0, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
+		}
+	}
+	err = both(ctx,
+		func(ctx context.Context) error {
+			final, err := leaf.SignFinal(ctx, a.cfg.Key, sct)
+			if err != nil {
+				return fmt.Errorf("sign certificate: %w", classify(ErrCA, err))
+			}
+			der = final
+			return nil
+		},
+		func(ctx context.Context) error {
+			i, err := promise.Commit(ctx, precert, a.chainDER)
+			if err != nil {
+				return fmt.Errorf("enter certificate in log: %w", classify(ErrLog, err))
+			}
+			index = i
+			return nil
+		})
+	return der, index, err
+}
+
+func (a *Authority) certificate(leaf *profile.Leaf, der []byte, index uint64) *Certificate {
+	c := &Certificate{DER: der, Serial: leaf.Serial().Text(16), LogIndex: index}
+	c.NotBefore, c.NotAfter = leaf.Validity()
+	c.PEM = append(make([]string, 0, 1+len(a.chainPEM)), encodePEM(der))
+	c.PEM = append(c.PEM, a.chainPEM...)
+	return c
+}
+
+// classify says which of our errors err is: one that will pass, or kind.
+func classify(kind, err error) error {
+	switch {
+	case errors.Is(err, ErrBusy), errors.Is(err, ErrUnavailable):
+		return err
+	case errors.Is(err, hsm.ErrBusy):
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	case errors.Is(err, hsm.ErrLost), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return fmt.Errorf("%w: %w", kind, err)
+}
+
+// both runs a here and b beside it, and waits for both. The first error ends
+// the other's context and is returned.
+func both(ctx context.Context, a, b func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var first error
+	var once sync.Once
+	run := func(f func(context.Context) error) {
+		if err := f(ctx); err != nil {
+			once.Do(func() { first = err; cancel() })
+		}
+	}
+	var beside sync.WaitGroup
+	beside.Go(func() { run(b) })
+	run(a)
+	beside.Wait()
+	return first
+}

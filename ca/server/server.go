@@ -1,0 +1,262 @@
+// Package server is the issuance API: Fulcio's v2 HTTP interface on an echo
+// instance that somebody else owns (contract 1.1 to 1.5).
+//
+// Data flows one way: body, at most 4 MiB → request message → Principal
+// (ca/identity) → proved public key → Certificate (ca) → JSON. What goes
+// wrong on the way is turned into an answer in one place, failureOf: the inner
+// text goes to the log with the request's id, a constant sentence to the
+// client.
+//
+// The package promises that no token and no claim reaches the log, that every
+// request ends within Config.Timeout, and that a client's fault is never
+// answered with a 5xx. It trusts the listener to bound headers and slow
+// clients.
+package server
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"sort"
+	"strings"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	fulcio "github.com/sigstore/fulcio/pkg/generated/protobuf"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/identity"
+)
+
+// The paths of the interface.
+const (
+	PathSigningCert   = "/api/v2/signingCert"
+	PathTrustBundle   = "/api/v2/trustBundle"
+	PathConfiguration = "/api/v2/configuration"
+)
+
+// MaxBody bounds a request's body, in octets.
+const MaxBody = 4 << 20
+
+// DefaultTimeout bounds one issuance, from the body's last octet on.
+const DefaultTimeout = 10 * time.Second
+
+// Config is what a Server needs.
+type Config struct {
+	// Authority issues and Identity authenticates. Both are required.
+	Authority *ca.Authority
+	Identity  *identity.Verifier
+	// Timeout bounds one issuance; 0 is DefaultTimeout.
+	Timeout time.Duration
+	// Logger may be nil.
+	Logger *slog.Logger
+}
+
+// Server answers the issuance API. It is safe for concurrent use.
+type Server struct {
+	cfg           Config
+	trustBundle   []byte // JSON; the chain does not change
+	configuration []byte // JSON; the issuers do not change
+}
+
+// New prepares the answers that never change.
+func New(cfg Config) (*Server, error) {
+	if cfg.Authority == nil || cfg.Identity == nil {
+		return nil, errors.New("authority and identity are required")
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = DefaultTimeout
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{cfg: cfg}
+	var err error
+	if s.trustBundle, err = trustBundle(cfg.Authority); err != nil {
+		return nil, err
+	}
+	s.configuration, err = configuration(cfg.Identity.Config())
+	return s, err
+}
+
+// trustBundle is GET /api/v2/trustBundle: intermediates first, root last.
+func trustBundle(a *ca.Authority) ([]byte, error) {
+	b, err := json.Marshal(map[string]any{"chains": []certificates{{a.ChainPEM()}}})
+	if err != nil {
+		return nil, fmt.Errorf("encode trust bundle: %w", err)
+	}
+	return b, nil
+}
+
+// configuration is GET /api/v2/configuration, with unset fields as upstream's
+// gateway sends them.
+func configuration(cfg identity.Config) ([]byte, error) {
+	out := &fulcio.Configuration{}
+	for url, issuer := range cfg.OIDCIssuers {
+		out.Issuers = append(out.Issuers, &fulcio.OIDCIssuer{
+			Issuer:                &fulcio.OIDCIssuer_IssuerUrl{IssuerUrl: url},
+			Audience:              issuer.ClientID,
+			ChallengeClaim:        issuer.Challenge(),
+			SpiffeTrustDomain:     issuer.SPIFFETrustDomain,
+			IssuerType:            issuer.Type,
+			SubjectDomain:         issuer.SubjectDomain,
+			SkipEmailVerification: issuer.SkipEmailVerification,
+		})
+	}
+	sort.Slice(out.Issuers, func(i, j int) bool { return out.Issuers[i].GetIssuerUrl() < out.Issuers[j].GetIssuerUrl() })
+	b, err := protojson.MarshalOptions{EmitUnpopulated: true}.Marshal(out)
+	if err != nil {
+		return nil, fmt.Errorf("encode configuration: %w", err)
+	}
+	return b, nil
+}
+
+// Register adds the routes. Other methods on the same paths are answered as
+// Fulcio's gateway does, with 501.
+func (s *Server) Register(e *echo.Echo) {
+	s.route(e, PathSigningCert, http.MethodPost, s.signingCert)
+	s.route(e, PathTrustBundle, http.MethodGet, func(c echo.Context) error { return s.write(c, http.StatusOK, s.trustBundle) })
+	s.route(e, PathConfiguration, http.MethodGet, func(c echo.Context) error { return s.write(c, http.StatusOK, s.configuration) })
+}
+
+func (s *Server) route(e *echo.Echo, path, method string, handle echo.HandlerFunc) {
+	e.Any(path, func(c echo.Context) error {
+		identify(c)
+		header := c.Response().Header()
+		header.Set(echo.HeaderAccessControlAllowOrigin, "*")
+		header.Set(echo.HeaderXContentTypeOptions, "nosniff")
+		switch r := c.Request(); {
+		case r.Method == method:
+			return handle(c)
+		case r.Method == http.MethodOptions && r.Header.Get(echo.HeaderAccessControlRequestMethod) != "":
+			header.Set(echo.HeaderAccessControlAllowMethods, method)
+			header.Set(echo.HeaderAccessControlAllowHeaders, "Authorization, Content-Type, Accept, X-Requested-With")
+			header.Set(echo.HeaderAccessControlMaxAge, "600")
+			return c.NoContent(http.StatusNoContent)
+		}
+		return s.fail(c, errMethod)
+	})
+}
+
+// identify gives the request an id unless a middleware did. A client's own
+// X-Request-Id is not used: it would go into our log.
+func identify(c echo.Context) {
+	header := c.Response().Header()
+	if header.Get(echo.HeaderXRequestID) == "" {
+		header.Set(echo.HeaderXRequestID, rand.Text())
+	}
+}
+
+// signingCert is POST /api/v2/signingCert. Accept is not looked at:
+// sigstore-python asks for PEM and reads JSON.
+func (s *Server) signingCert(c echo.Context) error {
+	msg, err := readRequest(c)
+	if err != nil {
+		return s.fail(c, err)
+	}
+	ctx, cancel := context.WithTimeout(c.Request().Context(), s.cfg.Timeout)
+	defer cancel()
+	cert, err := s.issue(ctx, msg, c.Request().Header)
+	if err != nil {
+		return s.fail(c, err)
+	}
+	body, err := json.Marshal(signingCertificate{embedded{certificates{cert.PEM}}})
+	if err != nil {
+		return s.fail(c, fmt.Errorf("%w: %w", errMarshal, err))
+	}
+	s.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "certificate issued",
+		slog.String("request", requestID(c)), slog.String("serial", cert.Serial), slog.Uint64("logIndex", cert.LogIndex))
+	return s.write(c, http.StatusOK, body)
+}
+
+// issue is the way from a request to a certificate, in the order in which
+// Fulcio looks for faults: token, then key.
+func (s *Server) issue(ctx context.Context, msg *fulcio.CreateSigningCertificateRequest, header http.Header) (*ca.Certificate, error) {
+	principal, err := s.cfg.Identity.Verify(ctx, rawToken(msg, header))
+	if err != nil {
+		return nil, err
+	}
+	public, err := provedKey(msg, principal)
+	if err != nil {
+		return nil, err
+	}
+	return s.cfg.Authority.Issue(ctx, ca.Request{Principal: principal, Public: public})
+}
+
+// readRequest reads the body, protobuf's JSON with both forms of names and
+// unknown fields discarded. No body is an empty message.
+func readRequest(c echo.Context) (*fulcio.CreateSigningCertificateRequest, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), c.Request().Body, MaxBody))
+	if err != nil {
+		var tooLarge *http.MaxBytesError
+		if errors.As(err, &tooLarge) {
+			return nil, errTooLarge
+		}
+		return nil, fmt.Errorf("%w: read body: %w", errRequest, err)
+	}
+	msg := &fulcio.CreateSigningCertificateRequest{}
+	if len(body) == 0 {
+		return msg, nil
+	}
+	if err := parse.Unmarshal(body, msg); err != nil {
+		return nil, errRequest // err quotes the body
+	}
+	return msg, nil
+}
+
+// parse reads as upstream's gateway does. Messages of the interface nest 3
+// deep; what is discarded may nest as deep as the limit.
+var parse = protojson.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: 64}
+
+// rawToken takes the token from the body or else from the one Authorization
+// header.
+func rawToken(msg *fulcio.CreateSigningCertificateRequest, header http.Header) string {
+	if token := msg.GetCredentials().GetOidcIdentityToken(); token != "" {
+		return token
+	}
+	values := header.Values(echo.HeaderAuthorization)
+	if len(values) != 1 {
+		return ""
+	}
+	const bearer = "bearer " // in any case: RFC 9110, Section 11.1
+	if v := values[0]; len(v) >= len(bearer) && strings.EqualFold(v[:len(bearer)], bearer) {
+		return v[len(bearer):]
+	}
+	return values[0]
+}
+
+// provedKey is the public key of the CSR, or else the one with a proof of
+// possession.
+func provedKey(msg *fulcio.CreateSigningCertificateRequest, p *identity.Principal) (crypto.PublicKey, error) {
+	if csr := msg.GetCertificateSigningRequest(); len(csr) > 0 {
+		return identity.ProveCSR(csr)
+	}
+	req := msg.GetPublicKeyRequest()
+	return identity.ProveKey(req.GetPublicKey().GetContent(), req.GetProofOfPossession(), p.Challenges)
+}
+
+// The answer's form (contract 1.3).
+type (
+	signingCertificate struct {
+		Embedded embedded `json:"signedCertificateEmbeddedSct"`
+	}
+	embedded struct {
+		Chain certificates `json:"chain"`
+	}
+	certificates struct {
+		Certificates []string `json:"certificates"`
+	}
+)
+
+func (s *Server) write(c echo.Context, status int, body []byte) error {
+	return c.Blob(status, echo.MIMEApplicationJSON, body)
+}
+
+func requestID(c echo.Context) string { return c.Response().Header().Get(echo.HeaderXRequestID) }
