@@ -96,6 +96,9 @@ func checkEvidence(e hsm.Evidence, intent keyIntent) error {
 	if spki, err := hsm.SPKIHash(pub); err != nil || hex.EncodeToString(spki[:]) != e.SPKI {
 		return fmt.Errorf("evidence of %s: public key hash: %w", intent.Label, hsm.ErrMismatch)
 	}
+	if id, ok := e.Attributes["ID"]; ok && id != intent.ID {
+		return fmt.Errorf("evidence of %s: id %.40q, announced was %s: %w", intent.Label, id, intent.ID, hsm.ErrMismatch)
+	}
 	if err := (hsm.Policy{Extractable: intent.Extractable}).Check(e.Attributes); err != nil {
 		return fmt.Errorf("evidence of %s: %w", intent.Label, err)
 	}

@@ -48,7 +48,7 @@ func (r *run) outputs(s Step) error {
 	if err != nil {
 		return err
 	}
-	if len(r.facts.files) == 0 {
+	if !r.facts.announced {
 		if err := r.record(s, Intent, outputsData{Files: files}); err != nil {
 			return err
 		}
@@ -144,7 +144,7 @@ func (f *facts) outputFiles() ([]File, error) {
 	for _, l := range d.logs() {
 		key := f.keys[d.keyOfRole(l.role)]
 		files = append(files, newFile(string(l.role)+".pub",
-			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: key.Evidence.PublicKey})))
+			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: key.evidence.PublicKey})))
 	}
 	trustFiles, err := f.trustFiles(root, inter, tsaRoot, tsa)
 	if err != nil {
@@ -152,7 +152,7 @@ func (f *facts) outputFiles() ([]File, error) {
 	}
 	files = append(files, trustFiles...)
 	for _, name := range sorted(d.Keys) {
-		raw, err := json.MarshalIndent(f.keys[name].Evidence, "", "  ")
+		raw, err := json.MarshalIndent(f.keys[name].evidence, "", "  ")
 		if err != nil {
 			return nil, fmt.Errorf("encode evidence of %s: %w", name, err)
 		}
@@ -214,7 +214,7 @@ func (f *facts) keyRing() (*trust.KeyRing, error) {
 		if !ok {
 			return nil, fmt.Errorf("%w: key %s was not made", ErrTranscript, name)
 		}
-		ring.Keys[u.role] = trust.Key{Token: f.def.Keys[name].Token, URI: k.Evidence.URI, SPKI: k.spki}
+		ring.Keys[u.role] = trust.Key{Token: f.def.Keys[name].Token, URI: k.evidence.URI, SPKI: k.spki}
 	}
 	return ring, nil
 }

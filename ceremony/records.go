@@ -1,12 +1,14 @@
 package ceremony
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"math/big"
+	"slices"
 	"time"
 
 	"github.com/chancery-ca/chancery/ca/profile"
@@ -101,42 +103,44 @@ type outputsData struct {
 
 // closeData is the result of StepClose.
 type closeData struct {
-	Status string `json:"status"` // complete
+	Status string `json:"status"`
 }
+
+// The fixed words in records.
+const (
+	knownAnswerPass = "pass"
+	statusComplete  = "complete"
+)
 
 // facts is what the records of a transcript say. It is made by apply alone, so
 // that a run, a resumed run and a verifier all know the same.
 type facts struct {
 	def         *Definition
 	done        map[string]bool // Step.ID
-	opened      *openData
 	openedAt    time.Time
-	inventory   map[string]inventoryData
-	health      map[string]Health
+	inventory   map[string]inventoryData // by token
 	commitments *entropyIntent
-	reveals     *entropyResult
 	seed        [sha256.Size]byte
-	seedRecord  [sha256.Size]byte
+	seedRecord  [sha256.Size]byte // hash of the seed record
 	keyIntents  map[string]keyIntent
 	keys        map[string]keyFact
 	tbs         map[string]certificateIntent
 	certs       map[string]*x509.Certificate
-	files       []File
+	announced   bool // the files of StepOutputs
 	head        [sha256.Size]byte
 	records     int
 }
 
 // keyFact is a key that was made.
 type keyFact struct {
-	keyResult
-	public crypto.PublicKey
-	spki   [sha256.Size]byte
-	time   time.Time
+	evidence hsm.Evidence
+	public   crypto.PublicKey
+	spki     [sha256.Size]byte
 }
 
 func newFacts(d *Definition) *facts {
 	return &facts{
-		def: d, done: map[string]bool{}, inventory: map[string]inventoryData{}, health: map[string]Health{},
+		def: d, done: map[string]bool{}, inventory: map[string]inventoryData{},
 		keyIntents: map[string]keyIntent{}, keys: map[string]keyFact{},
 		tbs: map[string]certificateIntent{}, certs: map[string]*x509.Certificate{},
 	}
@@ -162,84 +166,195 @@ func (f *facts) apply(rec *Record, step Step) error {
 	return nil
 }
 
-// take decodes the data of one record.
+// take decodes the data of one record and compares it with the definition.
 func (f *facts) take(rec *Record, step Step) error {
 	intent := rec.Type == Intent
 	switch {
 	case step.Kind == StepOpen && !intent:
-		f.opened, f.openedAt = new(openData), rec.Time
-		return rec.decode(f.opened)
+		return f.takeOpen(rec)
 	case step.Kind == StepInventory && !intent:
-		return decodeInto(rec, f.inventory, step.Name)
+		return f.takeInventory(rec, step.Name)
 	case step.Kind == StepSelfTest && !intent:
-		var d selfTestData
-		err := rec.decode(&d)
-		f.health[step.Name] = d.Health
-		return err
+		return takeSelfTest(rec)
 	case step.Kind == StepEntropy && intent:
-		f.commitments = new(entropyIntent)
-		return rec.decode(f.commitments)
+		return f.takeCommitments(rec)
 	case step.Kind == StepEntropy:
 		return f.takeSeed(rec)
 	case step.Kind == StepKey && intent:
-		return decodeInto(rec, f.keyIntents, step.Name)
+		return f.takeKeyIntent(rec, step.Name)
 	case step.Kind == StepKey:
 		return f.takeKey(rec, step.Name)
 	case step.Kind == StepCertificate && intent:
-		return decodeInto(rec, f.tbs, step.Name)
+		return f.takeCertificateIntent(rec, step.Name)
 	case step.Kind == StepCertificate:
 		return f.takeCertificate(rec, step.Name)
 	case step.Kind == StepOutputs:
-		var d outputsData
-		err := rec.decode(&d)
-		f.files = d.Files
-		return err
+		return f.takeOutputs(rec)
 	case step.Kind == StepClose && !intent:
-		return rec.decode(new(closeData))
+		return takeClose(rec)
 	}
-	return fmt.Errorf("%w: record %d: %s of %s is unknown", ErrTranscript, rec.Seq, rec.Type, rec.Step)
+	return bad(rec, "%s of this step is unknown", rec.Type)
 }
 
-func decodeInto[T any](rec *Record, m map[string]T, name string) error {
-	var d T
-	err := rec.decode(&d)
-	m[name] = d
-	return err
+// bad says what is wrong with a record.
+func bad(rec *Record, format string, args ...any) error {
+	return fmt.Errorf("%w: record %d (%s): %w", ErrTranscript, rec.Seq, rec.Step, fmt.Errorf(format, args...))
+}
+
+func (f *facts) takeOpen(rec *Record) error {
+	var d openData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if h := f.def.Hash(); d.Definition != hex.EncodeToString(h[:]) {
+		return bad(rec, "%w: not the one that the ceremony began with", ErrDefinition)
+	}
+	if rec.Ceremony != f.def.ID || d.Kind != f.def.Kind || d.Environment != f.def.Environment {
+		return bad(rec, "id, kind or environment is not the definition's")
+	}
+	f.openedAt = rec.Time
+	return nil
+}
+
+func (f *facts) takeInventory(rec *Record, token string) error {
+	var d inventoryData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if d.Keys < 0 || d.Keys > 0 && f.def.Tokens[token].MustBeEmpty {
+		return bad(rec, "%w: %d keys", ErrNotEmpty, d.Keys)
+	}
+	if f.def.Environment == Rehearsal && !hsm.IsSoftware(d.Token) {
+		return bad(rec, "%w: token is not known to be software", ErrEnvironment)
+	}
+	f.inventory[token] = d
+	return nil
+}
+
+func takeSelfTest(rec *Record) error {
+	var d selfTestData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if d.KnownAnswer != knownAnswerPass {
+		return bad(rec, "known-answer test: %.40q", d.KnownAnswer)
+	}
+	if err := d.Health.check(); err != nil {
+		return bad(rec, "%w", err)
+	}
+	return nil
+}
+
+// takeCommitments accepts commitments again: an interrupted step begins anew.
+func (f *facts) takeCommitments(rec *Record) error {
+	var d entropyIntent
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	var who []string
+	for _, c := range d.Commitments {
+		who = append(who, c.Contributor)
+	}
+	if want := append(slices.Clone(f.def.Entropy.Contributors), hardwareShare); !slices.Equal(who, want) {
+		return bad(rec, "commitments are not those of the definition's contributors")
+	}
+	if d.Token != f.def.Keys[f.def.keyOfRole(trust.RoleRoot)].Token {
+		return bad(rec, "hardware random is not of the root's token")
+	}
+	f.commitments = &d
+	return nil
 }
 
 func (f *facts) takeSeed(rec *Record) error {
-	f.reveals = new(entropyResult)
-	if err := rec.decode(f.reveals); err != nil {
+	var d entropyResult
+	if err := rec.decode(&d); err != nil {
 		return err
 	}
 	if f.commitments == nil {
-		return fmt.Errorf("%w: record %d: reveals before commitments", ErrTranscript, rec.Seq)
+		return bad(rec, "reveals before commitments")
 	}
-	seed, err := checkReveals(f.commitments, f.reveals)
+	seed, err := checkReveals(f.commitments, &d)
 	if err != nil {
-		return fmt.Errorf("%w: record %d: %w", ErrTranscript, rec.Seq, err)
+		return bad(rec, "%w", err)
 	}
 	f.seed, f.seedRecord = seed, rec.Digest()
 	return nil
 }
 
-func (f *facts) takeKey(rec *Record, name string) error {
-	k := keyFact{time: rec.Time}
-	if err := rec.decode(&k.keyResult); err != nil {
+func (f *facts) takeKeyIntent(rec *Record, name string) error {
+	var d keyIntent
+	if err := rec.decode(&d); err != nil {
 		return err
 	}
-	if _, ok := f.keyIntents[name]; !ok {
-		return fmt.Errorf("%w: record %d: key %s was not announced", ErrTranscript, rec.Seq, name)
+	want := keyIntent{
+		Role: f.def.uses[name].role, Token: f.def.Keys[name].Token, Label: name,
+		ID: d.ID, Algorithm: f.def.Keys[name].Algorithm,
 	}
-	pub, err := x509.ParsePKIXPublicKey(k.Evidence.PublicKey)
+	if id, err := hex.DecodeString(d.ID); d != want || err != nil || len(id) != hsm.IDSize {
+		return bad(rec, "not the key of the definition")
+	}
+	if _, ok := f.keyIntents[name]; ok {
+		return bad(rec, "the key was announced before")
+	}
+	f.keyIntents[name] = d
+	return nil
+}
+
+func (f *facts) takeKey(rec *Record, name string) error {
+	var d keyResult
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	intent, ok := f.keyIntents[name]
+	if !ok {
+		return bad(rec, "the key was not announced")
+	}
+	if err := checkEvidence(d.Evidence, intent); err != nil {
+		return bad(rec, "%w", err)
+	}
+	if tok := f.inventory[intent.Token].Token; d.Evidence.Token.Serial != tok.Serial || d.Evidence.Token.Label != tok.Label {
+		return bad(rec, "the key is in another token than the inventory's")
+	}
+	if d.Signatures != rSignatures || d.DistinctR != rSignatures {
+		return bad(rec, "r-uniqueness was not shown")
+	}
+	if f.def.Environment == Rehearsal && d.Evidence.Level != hsm.LevelSoftware {
+		return bad(rec, "%w: evidence level %.20q", ErrEnvironment, d.Evidence.Level)
+	}
+	pub, err := x509.ParsePKIXPublicKey(d.Evidence.PublicKey)
 	if err != nil {
-		return fmt.Errorf("%w: record %d: key %s: %w", ErrTranscript, rec.Seq, name, err)
+		return bad(rec, "%w", err)
 	}
-	k.public, k.spki = pub, sha256.Sum256(k.Evidence.PublicKey)
-	if hex.EncodeToString(k.spki[:]) != k.Evidence.SPKI {
-		return fmt.Errorf("%w: record %d: key %s: public key and its hash differ", ErrTranscript, rec.Seq, name)
+	k := keyFact{evidence: d.Evidence, public: pub, spki: sha256.Sum256(d.Evidence.PublicKey)}
+	for other, have := range f.keys {
+		if have.spki == k.spki {
+			return bad(rec, "key %s has the same public key", other)
+		}
 	}
 	f.keys[name] = k
+	return nil
+}
+
+func (f *facts) takeCertificateIntent(rec *Record, name string) error {
+	var d certificateIntent
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if _, ok := f.tbs[name]; ok {
+		return bad(rec, "the certificate was announced before")
+	}
+	if d.Kind == profile.Root && d.Serial != rootSerial(f.seedRecord, f.seed).Text(16) {
+		return bad(rec, "the root's serial number is not derived from the seed record")
+	}
+	tbs, err := f.buildTBS(name, d)
+	if err != nil {
+		return bad(rec, "%w", err)
+	}
+	if sum := sha256.Sum256(d.TBS); !bytes.Equal(tbs.Raw(), d.TBS) || hex.EncodeToString(sum[:]) != d.TBSSHA256 ||
+		d.Kind != f.def.certificateKind(name) {
+		return bad(rec, "the TBS is not the definition's")
+	}
+	f.tbs[name] = d
 	return nil
 }
 
@@ -250,16 +365,52 @@ func (f *facts) takeCertificate(rec *Record, name string) error {
 	}
 	cert, err := x509.ParseCertificate(d.Certificate)
 	if err != nil {
-		return fmt.Errorf("%w: record %d: certificate %s: %w", ErrTranscript, rec.Seq, name, err)
+		return bad(rec, "%w", err)
 	}
 	intent, ok := f.tbs[name]
-	if !ok || string(intent.TBS) != string(cert.RawTBSCertificate) {
-		return fmt.Errorf("%w: record %d: certificate %s is not the announced one", ErrTranscript, rec.Seq, name)
+	if !ok || !bytes.Equal(intent.TBS, cert.RawTBSCertificate) {
+		return bad(rec, "the certificate is not the announced one")
 	}
-	if fp := sha256.Sum256(d.Certificate); hex.EncodeToString(fp[:]) != d.SHA256 {
-		return fmt.Errorf("%w: record %d: certificate %s: fingerprint differs", ErrTranscript, rec.Seq, name)
+	if err := cert.CheckSignatureFrom(f.issuerOf(name, cert)); err != nil {
+		return bad(rec, "%w", err)
+	}
+	if sum := sha256.Sum256(d.Certificate); hex.EncodeToString(sum[:]) != d.SHA256 {
+		return bad(rec, "fingerprint differs")
 	}
 	f.certs[name] = cert
+	return nil
+}
+
+// takeOutputs compares the announced files with those that follow from the
+// records before.
+func (f *facts) takeOutputs(rec *Record) error {
+	var d outputsData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if rec.Type == Intent && f.announced || rec.Type == Done && !f.announced {
+		return bad(rec, "files were not announced once")
+	}
+	files, err := f.outputFiles()
+	if err != nil {
+		return bad(rec, "%w", err)
+	}
+	same := func(a, b File) bool { return a.Name == b.Name && a.SHA256 == b.SHA256 && a.Size == b.Size }
+	if !slices.EqualFunc(files, d.Files, same) {
+		return bad(rec, "the files are not those that follow from the records")
+	}
+	f.announced = true
+	return nil
+}
+
+func takeClose(rec *Record) error {
+	var d closeData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if d.Status != statusComplete {
+		return bad(rec, "status %.40q", d.Status)
+	}
 	return nil
 }
 

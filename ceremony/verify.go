@@ -1,0 +1,184 @@
+package ceremony
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// ErrVerify: the outputs of a ceremony are not what its records say.
+var ErrVerify = errors.New("ceremony does not verify")
+
+// Check is one line of a Report.
+type Check struct {
+	// Name says what was looked at, Detail what was found.
+	Name, Detail string
+	// Err is nil if it is as it should be.
+	Err error
+}
+
+// Report is what Verify found. Definition is nil if it could not be read.
+type Report struct {
+	Definition *Definition
+	Checks     []Check
+}
+
+// Err returns nil if every check passed, or else an error that wraps ErrVerify
+// and the errors of the checks.
+func (r *Report) Err() error {
+	var all []error
+	for _, c := range r.Checks {
+		if c.Err != nil {
+			all = append(all, fmt.Errorf("%s: %w", c.Name, c.Err))
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrVerify, errors.Join(all...))
+}
+
+// add notes a check and says whether it passed.
+func (r *Report) add(name string, err error, format string, args ...any) bool {
+	c := Check{Name: name, Err: err}
+	if err == nil {
+		c.Detail = fmt.Sprintf(format, args...)
+	}
+	r.Checks = append(r.Checks, c)
+	return err == nil
+}
+
+// Verify checks the outputs of a complete ceremony in dir, without a token. It
+// reads the definition and the transcript, does again everything that follows
+// from them (commitments, seed, root serial, evidence signatures, every TBS
+// with its lints, every certificate's signature, every output's octets), and
+// compares. A changed octet in any output fails a check.
+//
+// It trusts nothing in dir; what it cannot show is that this ceremony is the
+// one you mean: compare the words of the last record.
+func Verify(dir string) *Report {
+	r := &Report{}
+	def := r.readDefinition(dir)
+	records, err := readTranscriptFile(filepath.Join(dir, TranscriptName))
+	if !r.add("transcript", err, "%d records, one chain", len(records)) || def == nil {
+		return r
+	}
+	steps, err := Plan(def)
+	if !r.add("plan", err, "%d steps", len(steps)) {
+		return r
+	}
+	f := newFacts(def)
+	err = replay(f, steps, records)
+	if err == nil && !f.done[string(StepClose)] {
+		err = errors.New("the ceremony is not complete")
+	}
+	if !r.add("records", err, "every step as the definition says, and complete") {
+		return r
+	}
+	r.add("entropy", nil, "%d shares fit their commitments", len(f.commitments.Commitments))
+	r.add("keys", nil, "%d keys: announced, observed, self-tests verify", len(f.keys))
+	r.add("certificates", nil, "%d certificates: profile, signatures; the root's serial is derived", len(f.certs))
+	r.checkFiles(dir, f, records)
+	return r
+}
+
+func (r *Report) readDefinition(dir string) *Definition {
+	source, err := readBounded(filepath.Join(dir, definitionName), MaxDefinition)
+	if err == nil {
+		r.Definition, err = ParseDefinition(source)
+	}
+	if !r.add("definition", err, "valid") {
+		return nil
+	}
+	return r.Definition
+}
+
+// checkFiles compares every output with what follows from the records.
+func (r *Report) checkFiles(dir string, f *facts, records []Record) {
+	files, err := f.outputFiles()
+	if !r.add("outputs", err, "%d files follow from the records", len(files)) {
+		return
+	}
+	sums, err := f.checksumsFile(slices.Clone(files), records)
+	if err != nil {
+		r.add(ChecksumsName, err, "")
+		return
+	}
+	for _, want := range append(files, sums) {
+		have, err := readBounded(filepath.Join(dir, filepath.FromSlash(want.Name)), want.Size)
+		if err == nil && !bytes.Equal(have, want.content) {
+			err = errors.New("content differs from the records")
+		}
+		r.add(want.Name, err, "%d octets", want.Size)
+	}
+	others, err := otherFiles(dir, outputNames(f.def))
+	r.add("other files", err, "%s", others)
+}
+
+// otherFiles names what is in dir and was not written by the ceremony.
+func otherFiles(dir string, names []string) (string, error) {
+	var others []string
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if name := filepath.ToSlash(rel); err == nil && name != TranscriptName && !slices.Contains(names, name) {
+			others = append(others, name)
+		}
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("list folder: %w", err)
+	}
+	if len(others) == 0 {
+		return "none", nil
+	}
+	return fmt.Sprintf("%d, not covered by this check: %.200s", len(others), strings.Join(others, ", ")), nil
+}
+
+func readTranscriptFile(path string) ([]Record, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open transcript: %w", err)
+	}
+	defer f.Close()
+	records, err := ReadTranscript(f)
+	if err != nil {
+		return nil, err
+	}
+	if len(records) == 0 {
+		return nil, fmt.Errorf("%w: empty", ErrTranscript)
+	}
+	return records, nil
+}
+
+// readBounded reads a regular file of at most limit octets.
+func readBounded(path string, limit int) ([]byte, error) {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", filepath.Base(path))
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > limit {
+		return nil, fmt.Errorf("%s has more than %d octets", filepath.Base(path), limit)
+	}
+	return data, nil
+}
