@@ -111,6 +111,7 @@ func classify(err error) *failure {
 	case errors.Is(err, tree.ErrNotFound):
 		return &failure{status: http.StatusNotFound, public: "not in the log"}
 	case errors.Is(err, ErrUnavailable), errors.Is(err, tree.ErrBusy), errors.Is(err, tree.ErrClosed),
+		errors.Is(err, tree.ErrStorage), errors.Is(err, tree.ErrCorrupt),
 		errors.Is(err, head.ErrUnavailable), errors.Is(err, head.ErrClosed), errors.Is(err, head.ErrFork):
 		return &failure{status: http.StatusServiceUnavailable, public: "the log is not available now; try again"}
 	}

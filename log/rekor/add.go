@@ -56,7 +56,8 @@ func classify(err error) *failure {
 		return &failure{codes.Unavailable, http.StatusServiceUnavailable, "reached max pushback; retry", "", err}
 	case errors.Is(err, tree.ErrNotFound):
 		return &failure{codes.NotFound, http.StatusNotFound, "not in the log", "", err}
-	case errors.Is(err, tree.ErrClosed), errors.Is(err, head.ErrClosed), errors.Is(err, head.ErrUnavailable), errors.Is(err, head.ErrFork):
+	case errors.Is(err, tree.ErrClosed), errors.Is(err, tree.ErrStorage), errors.Is(err, tree.ErrCorrupt),
+		errors.Is(err, head.ErrClosed), errors.Is(err, head.ErrUnavailable), errors.Is(err, head.ErrFork):
 		return &failure{codes.Unavailable, http.StatusServiceUnavailable, "the log is not available now; retry", "", err}
 	}
 	return &failure{codes.Unknown, http.StatusInternalServerError, "failed to integrate entry", "", err}
