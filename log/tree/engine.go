@@ -99,8 +99,8 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	initTrillian(cfg.Logger)
 	backend := cfg.Backend
 	if backend == nil {
-		if backend, err = openStore(ctx, cfg); err != nil {
-			return nil, fmt.Errorf("open log storage: %w", err)
+		if backend, err = OpenStore(cfg); err != nil {
+			return nil, err
 		}
 	}
 	e := &Engine{cfg: cfg, backend: *backend, trees: map[string]*logTree{}}
