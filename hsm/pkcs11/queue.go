@@ -74,6 +74,9 @@ func (q *queue) do(ctx context.Context, f func() error) error {
 	if q.isWedged() {
 		return errWedged
 	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: not queued (%w)", hsm.ErrBusy, context.Cause(ctx))
+	}
 	c := &call{run: f, done: make(chan error, 1)}
 	select {
 	case q.calls <- c:
