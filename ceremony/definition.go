@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
@@ -130,6 +131,14 @@ type Token struct {
 	Module string `yaml:"module"`
 	// MustBeEmpty stops the ceremony when the token has a private key.
 	MustBeEmpty bool `yaml:"must-be-empty"`
+}
+
+// Label returns the token's label as its URI has it, or "".
+func (t Token) Label() string {
+	if !strings.HasPrefix(t.URI, "pkcs11:") {
+		return ""
+	}
+	return tokenLabel(t.URI)
 }
 
 // Entropy says how the ceremony's public randomness is made.

@@ -2,6 +2,7 @@ package ceremony
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -23,9 +24,11 @@ type Check struct {
 	Err error
 }
 
-// Report is what Verify found. Definition is nil if it could not be read.
+// Report is what Verify found. Definition is nil if it could not be read, and
+// Head, the hash of the last record, is zero if the transcript does not hold.
 type Report struct {
 	Definition *Definition
+	Head       [sha256.Size]byte
 	Checks     []Check
 }
 
@@ -81,6 +84,7 @@ func Verify(dir string) *Report {
 	if !r.add("records", err, "every step as the definition says, and complete") {
 		return r
 	}
+	r.Head = f.head
 	r.add("entropy", nil, "%d shares fit their commitments", len(f.commitments.Commitments))
 	r.add("keys", nil, "%d keys: announced, observed, self-tests verify", len(f.keys))
 	r.add("certificates", nil, "%d certificates: profile, signatures; the root's serial is derived", len(f.certs))

@@ -1,0 +1,147 @@
+// Command chancery-ceremony is the offline tool that makes a Chancery's keys
+// and certificates and the files that clients and the service need, and that
+// checks them afterwards.
+//
+// It listens on nothing and calls nobody. It reads the definition and, for a
+// rehearsal, makes its own software tokens; everything that it does is in the
+// transcript. PINs are made at random, kept in files of mode 0400, and never
+// printed.
+//
+// Exit status: 0 done; 1 failed; 2 the command line is wrong; 77 a PIN or a
+// key's policy was refused, so that nothing must try again by itself.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// The exit statuses.
+const (
+	exitFailed  = 1
+	exitUsage   = 2
+	exitRefused = 77
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run executes one command line and returns the exit status.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(stderr, "chancery-ceremony: error: %v\n", err)
+	if hint := hintFor(err); hint != "" {
+		fmt.Fprintf(stderr, "hint: %s\n", hint)
+	}
+	return exitStatus(err)
+}
+
+// usageError is a wrong command line.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+func exitStatus(err error) int {
+	var usage usageError
+	switch {
+	case errors.As(err, &usage):
+		return exitUsage
+	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrPolicy):
+		return exitRefused
+	}
+	return exitFailed
+}
+
+// hintFor says what a person can do about err, or "".
+func hintFor(err error) string {
+	var usage usageError
+	for _, h := range []struct {
+		is   bool
+		hint string
+	}{
+		{errors.As(err, &usage), "chancery-ceremony --help"},
+		{errors.Is(err, errNoModule), "install SoftHSM (Debian: apt install softhsm2)"},
+		{errors.Is(err, errNoCgo), "use the program that was built with cgo; this one plans and verifies"},
+		{errors.Is(err, errNoTranscript), "name the output folder itself, for example DIR/out"},
+		{errors.Is(err, ceremony.ErrNotInVersion), "take it out of the definition to rehearse the rest"},
+		{errors.Is(err, ceremony.ErrEnvironment), "a copy with \"environment: rehearsal\" can be rehearsed"},
+		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
+		{errors.Is(err, ceremony.ErrDefinition), "README.md of the ceremony folder explains every field"},
+		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or continue with --resume"},
+		{errors.Is(err, ceremony.ErrStopped), "change nothing on the token; keep the folder for the inquiry"},
+		{errors.Is(err, ceremony.ErrVerify), "do not use these files; compare with another copy"},
+		{errors.Is(err, context.Canceled), "continue with --resume"},
+	} {
+		if h.is {
+			return h.hint
+		}
+	}
+	return ""
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "chancery-ceremony",
+		Short: "Make the keys and certificates of a Chancery, and check them",
+		Long: `chancery-ceremony makes the keys and certificates of a Chancery from one
+definition, writes a transcript of everything it does, and checks the result.
+It needs no network.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.AddCommand(newPlan(), newRehearse(), newVerify())
+	for _, c := range append(root.Commands(), root) {
+		args := c.Args
+		c.Args = func(cmd *cobra.Command, given []string) error {
+			if err := args(cmd, given); err != nil {
+				return usageError{err}
+			}
+			return nil
+		}
+	}
+	return root
+}
+
+// clock is the machine's, in UTC, without Go's monotonic reading: a transcript
+// has wall time.
+func clock() (time.Time, error) { return time.Now().UTC().Round(0), nil }
+
+// readDefinition reads and validates the file at path.
+func readDefinition(path string) (*ceremony.Definition, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open definition: %w", err)
+	}
+	defer f.Close()
+	source, err := io.ReadAll(io.LimitReader(f, ceremony.MaxDefinition+1))
+	if err != nil {
+		return nil, fmt.Errorf("read definition: %w", err)
+	}
+	return ceremony.ParseDefinition(source)
+}
