@@ -134,3 +134,25 @@ func emailSpec(pub crypto.PublicKey) LeafSpec {
 		NotBefore:  testStart.Add(time.Hour), NotAfter: testStart.Add(time.Hour + 10*time.Minute),
 	}
 }
+
+// workflowSpec fills in every extension of contract 1.7.
+func workflowSpec(pub crypto.PublicKey) LeafSpec {
+	const (
+		repo = "https://github.com/acme/widget"
+		flow = repo + "/.github/workflows/release.yml@refs/heads/main"
+		sha  = "0123456789abcdef0123456789abcdef01234567"
+	)
+	return LeafSpec{
+		Public: pub, SAN: SAN{Type: URI, Value: flow},
+		Extensions: certificate.Extensions{
+			Issuer: "https://token.actions.githubusercontent.com", GithubWorkflowTrigger: "push", GithubWorkflowSHA: sha,
+			GithubWorkflowName: "Release", GithubWorkflowRepository: "acme/widget", GithubWorkflowRef: "refs/heads/main",
+			BuildSignerURI: flow, BuildSignerDigest: sha, RunnerEnvironment: "github-hosted", SourceRepositoryURI: repo,
+			SourceRepositoryDigest: sha, SourceRepositoryRef: "refs/heads/main", SourceRepositoryIdentifier: "1234",
+			SourceRepositoryOwnerURI: "https://github.com/acme", SourceRepositoryOwnerIdentifier: "99", BuildConfigURI: flow,
+			BuildConfigDigest: sha, BuildTrigger: "push", RunInvocationURI: repo + "/actions/runs/1/attempts/1",
+			SourceRepositoryVisibilityAtSigning: "private", DeploymentEnvironment: "prod", Subject: "repo:acme/widget:ref:refs/heads/main",
+		},
+		NotBefore: testStart.Add(time.Hour), NotAfter: testStart.Add(time.Hour + 10*time.Minute),
+	}
+}

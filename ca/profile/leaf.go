@@ -172,6 +172,11 @@ func (i *Issuer) extensions(spki, san []byte, more certificate.Extensions) ([]pk
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrName, err)
 	}
+	for _, e := range rendered {
+		if err := checkExtensionText(e); err != nil {
+			return nil, err
+		}
+	}
 	id, err := keyID(spki)
 	if err != nil {
 		return nil, err
@@ -217,14 +222,18 @@ func (l *Leaf) SignPrecertificate(ctx context.Context, s Signer) ([]byte, error)
 // SignFinal has s sign the TBS with the SCT list of the one SCT given (TLS
 // encoded, RFC 6962, 3.2) and returns the DER certificate. One hardware
 // signature. It refuses what is not exactly one v1 SCT (ErrSCT), before it
-// signs; CheckSCT says whether the SCT is this leaf's. Errors: ErrSCT,
-// ErrSigner, and those of s.
+// signs, and compares what it will sign with the precertificate as Correspond
+// does; CheckSCT says whether the SCT is this leaf's. Errors: ErrSCT,
+// ErrCorrespondence, ErrSigner, and those of s.
 func (l *Leaf) SignFinal(ctx context.Context, s Signer, sct []byte) ([]byte, error) {
 	if _, err := parseSCT(sct); err != nil {
 		return nil, err
 	}
 	tbs, err := l.final(sct)
 	if err != nil {
+		return nil, err
+	}
+	if err := correspond(l.precert, tbs); err != nil {
 		return nil, err
 	}
 	return sign(ctx, s, tbs, l.issuer.algorithm, l.issuer.cert.PublicKey)

@@ -14,6 +14,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/sigstore/fulcio/pkg/certificate"
+	"golang.org/x/crypto/cryptobyte"
+	casn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
 // leaf is the kind of an end entity's code-signing certificate.
@@ -36,6 +38,8 @@ const (
 	// MaxSize bounds a leaf certificate, in octets of DER. A log entry and a
 	// bundle both hold it in base64.
 	MaxSize = 16 << 10
+
+	maxText = 4096 // octets of one extension's text
 )
 
 // candidate is a certificate under examination, as crypto/x509 parsed it, and
@@ -214,18 +218,17 @@ func checkAKI(c *candidate) string {
 
 // checkExtensions refuses what the profile does not know, and duplicates.
 func checkExtensions(c *candidate) string {
-	seen := make(map[string]bool, len(c.cert.Extensions))
-	for _, e := range c.cert.Extensions {
-		id := e.Id.String()
-		if seen[id] {
-			return id + " twice"
+	for i, e := range c.cert.Extensions {
+		for _, earlier := range c.cert.Extensions[:i] {
+			if earlier.Id.Equal(e.Id) {
+				return e.Id.String() + " twice"
+			}
 		}
-		seen[id] = true
 		if !c.known(e.Id) {
-			return id + " is not in the profile"
+			return e.Id.String() + " is not in the profile"
 		}
 		if fulcioExtension(e.Id) && e.Critical {
-			return id + " is critical"
+			return e.Id.String() + " is critical"
 		}
 	}
 	return ""
@@ -234,10 +237,9 @@ func checkExtensions(c *candidate) string {
 // known says whether an extension may appear in a certificate of this kind.
 // Rules of their own say when it must, and how.
 func (c *candidate) known(id asn1.ObjectIdentifier) bool {
-	for _, std := range []asn1.ObjectIdentifier{oidKeyUsage, oidExtKeyUsage, oidBasicConstraints, oidSubjectKeyID, oidAuthorityKeyID} {
-		if id.Equal(std) {
-			return true
-		}
+	if id.Equal(oidKeyUsage) || id.Equal(oidExtKeyUsage) || id.Equal(oidBasicConstraints) ||
+		id.Equal(oidSubjectKeyID) || id.Equal(oidAuthorityKeyID) {
+		return true
 	}
 	if c.kind != leaf {
 		return false
@@ -445,20 +447,30 @@ func checkText(c *candidate) string {
 		if !fulcioExtension(e.Id) {
 			continue
 		}
-		text := string(e.Value)
-		if e.Id[len(oidFulcio)] > lastRaw {
-			var v asn1.RawValue
-			rest, err := asn1.Unmarshal(e.Value, &v)
-			if err != nil || len(rest) != 0 || v.Class != asn1.ClassUniversal || v.Tag != asn1.TagUTF8String {
-				return e.Id.String() + " is not a UTF8String"
-			}
-			text = string(v.Bytes)
-		}
-		if err := plainText(text); err != nil {
-			return e.Id.String() + ": " + err.Error()
+		if err := checkExtensionText(e); err != nil {
+			return err.Error()
 		}
 	}
 	return ""
+}
+
+// checkExtensionText reads the text of a Fulcio extension, raw up to 1.6 and a
+// UTF8String above, and wants it plain and bounded. Errors: ErrName.
+func checkExtensionText(e pkix.Extension) error {
+	text := cryptobyte.String(e.Value)
+	if e.Id[len(oidFulcio)] > lastRaw {
+		in := text
+		if !in.ReadASN1(&text, casn1.UTF8String) || !in.Empty() {
+			return fmt.Errorf("%w: extension %s is not a UTF8String", ErrName, e.Id)
+		}
+	}
+	if len(text) > maxText {
+		return fmt.Errorf("%w: extension %s has %d octets, at most %d", ErrName, e.Id, len(text), maxText)
+	}
+	if err := plainText(string(text)); err != nil {
+		return fmt.Errorf("extension %s: %w", e.Id, err)
+	}
+	return nil
 }
 
 // plainText: not empty, UTF-8, and no control character, so that nothing that

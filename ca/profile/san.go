@@ -1,6 +1,7 @@
 package profile
 
 import (
+	"encoding/asn1"
 	"fmt"
 	"net/mail"
 	"net/url"
@@ -181,22 +182,12 @@ func parseSAN(value []byte) error {
 
 // parseOtherName reads { type-id, [0] UTF8String }.
 func parseOtherName(in cryptobyte.String) error {
-	var id, value, text cryptobyte.String
-	want, err := otherNameID()
-	if err != nil {
-		return err
-	}
-	if !in.ReadASN1Element(&id, casn1.OBJECT_IDENTIFIER) || string(id) != string(want) ||
+	var value, text cryptobyte.String
+	var id asn1.ObjectIdentifier
+	if !in.ReadASN1ObjectIdentifier(&id) || !id.Equal(oidOtherName) ||
 		!in.ReadASN1(&value, casn1.Tag(0).ContextSpecific().Constructed()) || !in.Empty() ||
 		!value.ReadASN1(&text, casn1.UTF8String) || !value.Empty() {
 		return fmt.Errorf("%w: not an otherName of type 57264.1.7", ErrName)
 	}
 	return checkOtherName(string(text))
-}
-
-// otherNameID is the DER of the otherName's type.
-func otherNameID() ([]byte, error) {
-	var b cryptobyte.Builder
-	b.AddASN1ObjectIdentifier(oidOtherName)
-	return b.Bytes()
 }
