@@ -134,7 +134,8 @@ func check(b *bundle.Bundle, trusted root.TrustedMaterial, digest [sha256.Size]b
 func bundleOptions(services *root.SigningConfig, tlsConfig *tls.Config, key *keypair, token string) (sign.BundleOptions, error) {
 	var opts sign.BundleOptions
 	now := time.Now()
-	transport := &http.Transport{TLSClientConfig: tlsConfig, Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true}
+	// Each transport gets a copy: it adds the protocols that it speaks.
+	transport := &http.Transport{TLSClientConfig: tlsConfig.Clone(), Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true}
 	ca, err := root.SelectService(services.FulcioCertificateAuthorityURLs(), sign.FulcioAPIVersions, now)
 	if err != nil {
 		return opts, fmt.Errorf("select certificate authority: %w", err)
@@ -158,7 +159,7 @@ func bundleOptions(services *root.SigningConfig, tlsConfig *tls.Config, key *key
 		return opts, fmt.Errorf("select signature log: %w", err)
 	}
 	for _, log := range logs {
-		writer, err := rekorwrite.NewWriter(log.URL, rekorclient.WithTLSConfig(tlsConfig), rekorclient.WithTimeout(callTimeout))
+		writer, err := rekorwrite.NewWriter(log.URL, rekorclient.WithTLSConfig(tlsConfig.Clone()), rekorclient.WithTimeout(callTimeout))
 		if err != nil {
 			return opts, fmt.Errorf("set up log client: %w", err)
 		}

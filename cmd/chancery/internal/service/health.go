@@ -36,7 +36,11 @@ func (s *Service) Ready() error {
 	if _, err := s.clock.Now(); err != nil {
 		return err
 	}
-	return errors.Join(prefixed("CT log", s.ctHeads.Err()), prefixed("signature log", s.rekHeads.Err()), prefixed("logs", s.engine.Err()))
+	var errs []error
+	for _, l := range s.logs {
+		errs = append(errs, prefixed(l.name, l.tree.Err()), prefixed(l.name, l.heads.Err()))
+	}
+	return errors.Join(errs...)
 }
 
 func prefixed(part string, err error) error {

@@ -73,11 +73,17 @@ type Service struct {
 	keys     map[trust.Role]hsm.Key
 	identity *identity.Verifier
 	engine   *tree.Engine
-	ctHeads  *head.Publisher
-	rekHeads *head.Publisher
+	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
 
 	state readiness
+}
+
+// openLog is a tree with its publisher.
+type openLog struct {
+	name  string
+	tree  tree.Tree
+	heads *head.Publisher
 }
 
 // treeName and anchorPath are the one place that says where a log lives.
@@ -92,8 +98,10 @@ func anchorPath(cfg *config.Config, name string) string {
 // Create makes the logs and their anchors that the configuration names. It is
 // the only way in which a log begins; one that exists is an error.
 func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
-	if err := os.MkdirAll(filepath.Join(cfg.State, "anchor"), 0o700); err != nil {
-		return fmt.Errorf("create state folder: %w", err)
+	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("create state folder: %w", err)
+		}
 	}
 	engine, err := tree.Open(ctx, tree.Config{Dir: logDir(cfg), Now: newClock(opts.Logger).Now, Logger: opts.Logger})
 	if err != nil {
@@ -112,43 +120,45 @@ func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 }
 
 // Open starts everything but the listener. On error nothing is left open.
-func Open(ctx context.Context, cfg *config.Config, opts Options) (s *Service, err error) {
-	s = &Service{
+func Open(ctx context.Context, cfg *config.Config, opts Options) (*Service, error) {
+	s := &Service{
 		cfg: cfg, log: opts.Logger, clock: newClock(opts.Logger),
 		tokens: map[string]hsm.Token{}, keys: map[trust.Role]hsm.Key{},
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.Close(context.WithoutCancel(ctx)))
-		}
-	}()
-	if err := s.openKeys(ctx); err != nil {
-		return nil, err
+	if err := s.open(ctx, opts); err != nil {
+		return nil, errors.Join(err, s.Close(context.WithoutCancel(ctx)))
 	}
-	chain, err := readChain(filepath.Join(cfg.Trust, "chain.pem"))
+	return s, nil
+}
+
+func (s *Service) open(ctx context.Context, opts Options) error {
+	if err := s.openKeys(ctx); err != nil {
+		return err
+	}
+	chain, err := readChain(filepath.Join(s.cfg.Trust, "chain.pem"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	ctLog, rekorLog, err := s.openLogs(ctx, chain[len(chain)-1])
 	if err != nil {
-		return nil, err
+		return err
 	}
 	authority, err := s.openCA(ctx, chain, ctLog, opts)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	timestamps, err := s.openTSA()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.echo = s.newEcho()
 	authority.Register(s.echo)
 	timestamps.Register(s.echo.Group(""))
-	ctLog.Register(s.echo.Group("/ct/" + cfg.CT.Shard))
+	ctLog.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
 	rekorLog.Register(s.echo.Group(""))
-	rekorLog.Register(s.echo.Group("/log/" + cfg.Rekor.Shard))
+	rekorLog.Register(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
 	s.registerHealth()
-	return s, nil
+	return nil
 }
 
 // openLogs opens both trees and starts their publishers.
@@ -164,13 +174,12 @@ func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log
 	if err != nil {
 		return nil, nil, fmt.Errorf("open CT log: %w", err)
 	}
-	ctTree, ctHeads, err := s.openLog(ctx, treeName("ct", s.cfg.CT), ctKey, ctFormat, headInterval, mergeDelay/2)
-	s.ctHeads = ctHeads
+	opened, err := s.openLog(ctx, treeName("ct", s.cfg.CT), ctKey, ctFormat, headInterval, mergeDelay/2)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open CT log: %w", err)
 	}
 	ctLog, err := ct.New(ct.Config{
-		Tree: ctTree, Heads: ctHeads, Key: ctKey, Roots: []*x509.Certificate{root},
+		Tree: opened.tree, Heads: opened.heads, Key: ctKey, Roots: []*x509.Certificate{root},
 		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
 	})
 	if err != nil {
@@ -181,13 +190,12 @@ func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
-	rekorTree, rekorHeads, err := s.openLog(ctx, treeName("rekor", s.cfg.Rekor), rekorKey, rekorFormat, 0, 0)
-	s.rekHeads = rekorHeads
+	opened, err = s.openLog(ctx, treeName("rekor", s.cfg.Rekor), rekorKey, rekorFormat, 0, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
 	rekorLog, err := rekor.New(rekor.Config{
-		Tree: rekorTree, Heads: rekorHeads, Origin: s.cfg.Rekor.Origin, PublicKey: rekorKey.Public(),
+		Tree: opened.tree, Heads: opened.heads, Origin: s.cfg.Rekor.Origin, PublicKey: rekorKey.Public(),
 		Now: s.clock.Now, Logger: s.log,
 	})
 	if err != nil {
@@ -196,20 +204,24 @@ func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log
 	return ctLog, rekorLog, nil
 }
 
-func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format head.Format, interval, maxAge time.Duration) (tree.Tree, *head.Publisher, error) {
+// openLog opens one tree, starts its publisher, and tells the clock of the
+// newest head.
+func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format head.Format, interval, maxAge time.Duration) (openLog, error) {
 	t, err := s.engine.Tree(ctx, name)
 	if err != nil {
-		return nil, nil, err
+		return openLog{}, err
 	}
 	heads, err := head.Open(ctx, head.Config{
 		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name),
 		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log,
 	})
 	if err != nil {
-		return nil, nil, err
+		return openLog{}, err
 	}
 	s.clock.Observe(heads.Latest().Time)
-	return t, heads, nil
+	opened := openLog{name, t, heads}
+	s.logs = append(s.logs, opened)
+	return opened, nil
 }
 
 // openCA opens the certificate authority and joins it to the CT log.
@@ -266,13 +278,23 @@ func (s sctSource) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []by
 
 // Listen opens the TLS listener that the configuration names.
 func (s *Service) Listen() (net.Listener, error) {
-	pair, err := tls.LoadX509KeyPair(s.cfg.TLS.Certificate, s.cfg.TLS.Key)
-	if err != nil {
-		return nil, fmt.Errorf("load TLS certificate: %w", err)
-	}
 	plain, err := net.Listen("tcp", s.cfg.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
+	}
+	l, err := s.TLS(plain)
+	if err != nil {
+		return nil, errors.Join(err, plain.Close())
+	}
+	return l, nil
+}
+
+// TLS puts the service's TLS on a listener: TLS 1.2 or newer, HTTP/2 and
+// HTTP/1.1, a bounded number of connections.
+func (s *Service) TLS(plain net.Listener) (net.Listener, error) {
+	pair, err := tls.LoadX509KeyPair(s.cfg.TLS.Certificate, s.cfg.TLS.Key)
+	if err != nil {
+		return nil, fmt.Errorf("load TLS certificate: %w", err)
 	}
 	return tls.NewListener(netutil.LimitListener(plain, maxConnections), &tls.Config{
 		Certificates: []tls.Certificate{pair},
@@ -320,10 +342,8 @@ func (s *Service) Close(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, drainTime)
 	defer cancel()
 	var errs []error
-	for _, heads := range []*head.Publisher{s.ctHeads, s.rekHeads} {
-		if heads != nil {
-			errs = append(errs, heads.Close(ctx))
-		}
+	for _, l := range s.logs {
+		errs = append(errs, l.heads.Close(ctx))
 	}
 	if s.engine != nil {
 		errs = append(errs, s.engine.Close(ctx))

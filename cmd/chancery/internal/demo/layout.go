@@ -1,0 +1,64 @@
+package demo
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+)
+
+// layout is the demo's folder; its methods are the one list of what is where.
+type layout string
+
+func (l layout) path(elem ...string) string {
+	return filepath.Join(append([]string{string(l)}, elem...)...)
+}
+
+func (l layout) state() string         { return l.path("demo.json") }
+func (l layout) config() string        { return l.path("chancery.yaml") }
+func (l layout) tokens() string        { return l.path("tokens") }
+func (l layout) pin(tok string) string { return l.path("pins", tok) }
+func (l layout) trust() string         { return l.path("trust") }
+func (l layout) data() string          { return l.path("state") }
+
+// What a client needs, at the top of the folder.
+func (l layout) trustedRoot() string   { return l.path("trusted_root.json") }
+func (l layout) signingConfig() string { return l.path("signing_config.v0.2.json") }
+func (l layout) tlsCA() string         { return l.path("tls-ca.pem") }
+func (l layout) token() string         { return l.path("token") }
+func (l layout) hello() string         { return l.path("hello.txt") }
+
+// The private keys in files.
+func (l layout) tlsCAKey() string    { return l.path("tls", "ca.key") }
+func (l layout) tlsKey() string      { return l.path("tls", "server.key") }
+func (l layout) tlsCert() string     { return l.path("tls", "server.pem") }
+func (l layout) providerKey() string { return l.path("identity-provider.key") }
+
+// PrivateKeyFiles lists the only private keys that are outside a token, as
+// paths below the demo's folder.
+func PrivateKeyFiles() []string {
+	l := layout("")
+	return []string{l.tlsCAKey(), l.tlsKey(), l.providerKey()}
+}
+
+// loopback refuses an address that other machines could reach.
+func loopback(address string) error {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("listen address %q: want 127.0.0.1:PORT", address)
+	}
+	// 127.0.0.1 alone: the TLS certificate and the logs' origins name it.
+	if ip, err := netip.ParseAddr(host); err != nil || ip != netip.MustParseAddr("127.0.0.1") {
+		return fmt.Errorf("listen address %q: the demo listens on 127.0.0.1 alone", address)
+	}
+	return nil
+}
+
+func hostPort(raw string) (string, error) {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return "", fmt.Errorf("read issuer %q: %w", raw, err)
+	}
+	return u.Host, loopback(u.Host)
+}
