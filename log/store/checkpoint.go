@@ -26,6 +26,8 @@ const (
 	// commitOverhead is what a commit writes beside its data: the pages of
 	// the tip and of the right ends of tables.
 	commitOverhead = 3 * pageSize
+	// passiveRuns bounds the attempts to catch up with the writer.
+	passiveRuns = 8
 	// restartWait bounds, in milliseconds, how long the writer waits for
 	// readers of the old log before the log grows on instead.
 	restartWait = 50
@@ -65,10 +67,15 @@ func (p *checkpointer) run() {
 }
 
 func (p *checkpointer) checkpoint() error {
-	p.since.Store(0)
-	size, err := p.pragma("PASSIVE")
-	if err != nil || size < p.t.opts.WALLimit {
-		return err
+	for range passiveRuns {
+		p.since.Store(0)
+		size, err := p.pragma("PASSIVE")
+		if err != nil || size < p.t.opts.WALLimit {
+			return err
+		}
+		if p.since.Load() < checkpointStep/4 {
+			break // little came in meanwhile
+		}
 	}
 	if err := p.t.acquire(context.Background()); err != nil {
 		return nil //nolint:nilerr // closing or stopped: nothing is written any more

@@ -241,6 +241,11 @@ func (g *sealed) store(c *conn, pieces [][]byte) error {
 			return fmt.Errorf("store lookup bucket: %w", err)
 		}
 	}
+	return g.storeFilter(c)
+}
+
+// storeFilter writes the row that makes the buckets of a generation known.
+func (g *sealed) storeFilter(c *conn) error {
 	err := c.exec("INSERT INTO generations (id, first, count, filter, sum) VALUES (?,?,?,?,?)",
 		g.id, int64(g.first), int64(g.count), []byte(g.filter), checksum(inGenerations, g.id, g.filter))
 	if err != nil {

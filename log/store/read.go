@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -382,11 +383,11 @@ func (s *snapshot) entries(ctx context.Context, start, count uint64) ([]*trillia
 		}
 		return nil
 	}, int64(start), int64(start+count))
-	if err != nil && err != errEnough { //nolint:errorlint // our own sentinel, never wrapped
-		return nil, err
-	}
 	if err == nil && uint64(len(leaves)) != count {
 		return nil, fmt.Errorf("read entry %d: missing: %w", start+uint64(len(leaves)), ErrCorrupt)
+	}
+	if err := ignoreEnough(err); err != nil {
+		return nil, err
 	}
 	i := 0
 	err = s.hashes(ctx, leafHashes, start, uint64(len(leaves)), func(h []byte) {
@@ -415,7 +416,7 @@ func (s *snapshot) setIdentities(ctx context.Context, leaves []*trillian.LogLeaf
 }
 
 // errEnough stops a query early.
-var errEnough = fmt.Errorf("enough")
+var errEnough = errors.New("enough")
 
 // GetLeavesByHash implements storage.ReadOnlyLogTreeTX. The result is in the
 // order of the hashes, or of the indices if orderBySequence.

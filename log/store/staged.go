@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"database/sql/driver"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -55,10 +54,7 @@ func readStaged(ctx context.Context, c *conn, start, count uint64) ([]*trillian.
 		leaves = append(leaves, l)
 		return nil
 	}, int64(start), int64(start+count))
-	if errors.Is(err, errEnough) {
-		err = nil
-	}
-	return leaves, err
+	return leaves, ignoreEnough(err)
 }
 
 // addSequenced is AddSequencedLeaves of one tree: one transaction.

@@ -251,6 +251,27 @@ func (s *Store) ReadTile(ctx context.Context, treeID int64, level, index uint64,
 	return t.readTile(ctx, level, index, width)
 }
 
+// LeafByIdentity returns the integrated leaf with an identity hash, or nil if
+// there is none; that it is absent is mostly known without I/O.
+func (s *Store) LeafByIdentity(ctx context.Context, treeID int64, identity []byte) (*trillian.LogLeaf, error) {
+	if len(identity) != hashSize {
+		return nil, status.Errorf(codes.InvalidArgument, "identity hash of %d octets", len(identity))
+	}
+	t, err := s.tree(treeID)
+	if err != nil {
+		return nil, err
+	}
+	if !t.maybeStored(identity) {
+		return nil, nil
+	}
+	snap, err := t.snapshot(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer snap.Close()
+	return snap.leafByIdentity(ctx, identity)
+}
+
 // CheckDatabaseAccessible returns nil unless the store is closed or a tree has
 // stopped after a write error.
 func (s *Store) CheckDatabaseAccessible(context.Context) error {
