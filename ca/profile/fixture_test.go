@@ -156,3 +156,9 @@ func workflowSpec(pub crypto.PublicKey) LeafSpec {
 		NotBefore: testStart.Add(time.Hour), NotAfter: testStart.Add(time.Hour + 10*time.Minute),
 	}
 }
+
+func usernameSpec(pub crypto.PublicKey) LeafSpec {
+	spec := emailSpec(pub)
+	spec.SAN = SAN{Type: OtherName, Value: "jürg!example.com"}
+	return spec
+}

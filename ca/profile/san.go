@@ -144,8 +144,15 @@ func checkURI(s string) error {
 	if u.Scheme == "" || u.Hostname() == "" || u.Opaque != "" || u.User != nil {
 		return fmt.Errorf("%w: not an absolute URI with a host and without user information", ErrName)
 	}
+	if strings.ContainsFunc(u.Hostname(), func(r rune) bool { return !strings.ContainsRune(hostCharacters, r) }) {
+		return fmt.Errorf("%w: URI whose host is no name in A-labels and no address", ErrName)
+	}
 	return nil
 }
+
+// hostCharacters are those of a DNS name, an IPv4 and an IPv6 address; a
+// percent sign, of an escape or a zone, is none of them.
+const hostCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:"
 
 func checkOtherName(s string) error {
 	if err := checkLength(s); err != nil {
