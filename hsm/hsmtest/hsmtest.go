@@ -46,13 +46,18 @@ type SoftHSMToken struct {
 // NewSoftHSM makes a fresh, empty token and does not open it.
 func NewSoftHSM(t testing.TB) SoftHSMToken {
 	t.Helper()
-	home := sharedHome(t)
+	return newToken(t, sharedHome(t).Module())
+}
+
+// newToken makes a token through a module: SoftHSM's, or the shim before it.
+func newToken(t testing.TB, module string) SoftHSMToken {
+	t.Helper()
 	token := SoftHSMToken{
-		Module: home.Module(), Label: "test-" + rand.Text()[:12],
+		Module: module, Label: "test-" + rand.Text()[:12],
 		PIN: []byte(rand.Text()), SOPIN: []byte(rand.Text()),
 	}
 	token.URI = pkcs11.TokenURI(token.Label)
-	if err := home.InitToken(token.Label, token.SOPIN, token.PIN); err != nil {
+	if err := pkcs11.InitToken(module, token.Label, token.SOPIN, token.PIN); err != nil {
 		t.Fatal(err)
 	}
 	return token

@@ -88,9 +88,7 @@ func NewShim(t testing.TB) *Shim {
 // NewToken makes a fresh token behind the shim.
 func (s *Shim) NewToken(t testing.TB) SoftHSMToken {
 	t.Helper()
-	token := NewSoftHSM(t)
-	token.Module = s.Module
-	return token
+	return newToken(t, s.Module)
 }
 
 // buildShim compiles the shim into the home's directory and maps its control

@@ -125,6 +125,10 @@ func (e *codeError) Unwrap() []error {
 	return []error{e.code, e.sentinel}
 }
 
+// connection says whether the code is about the connection or the token's
+// present state, and not about what was asked.
+func (e *codeError) connection() bool { return codes[uint(e.code)].class != callers }
+
 // classify rewrites an error of miekg/pkcs11 or crypto11 by the table. Errors
 // without a return value in them, and nil, pass unchanged.
 func classify(err error) error {

@@ -31,13 +31,13 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 	var token hsm.TokenInfo
 	var attributes map[string]string
 	err := t.do(ctx, true, func(c *connection) error {
-		h := k.handle.Load()
-		if h.err != nil {
-			return h.err
+		p, err := k.on(c)
+		if err != nil {
+			return err
 		}
 		token = c.info
 		return c.withAdmin(func(s pkcs11.SessionHandle) (err error) {
-			attributes, err = c.pairAttributes(s, h.pair)
+			attributes, err = c.pairAttributes(s, p)
 			return err
 		})
 	})

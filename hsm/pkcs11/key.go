@@ -20,16 +20,8 @@ type key struct {
 	id    []byte
 	label string
 
-	// handle is where the key is on the present connection, or why it is not.
-	// Recovery replaces it under module.gate held for writing.
-	handle atomic.Pointer[handle]
-}
-
-// handle is a key on one connection.
-type handle struct {
-	conn *connection
-	pair *pair
-	err  error // the key did not come back with the connection
+	// pair is the key on the last connection on which it was found.
+	pair atomic.Pointer[pair]
 }
 
 var _ hsm.Key = (*key)(nil)
@@ -76,20 +68,32 @@ func (k *key) sign(ctx context.Context, digest []byte) ([]byte, error) {
 	n = min(n, (k.pub.Curve.Params().BitSize+7)/8)
 	var sig []byte
 	err := k.token.do(ctx, true, func(c *connection) (err error) {
-		h := k.handle.Load()
-		if h.err != nil {
-			return h.err
+		p, err := k.on(c)
+		if err != nil {
+			return err
 		}
-		if h.conn != c {
-			return hsm.ErrLost
-		}
-		sig, err = h.pair.signer.Sign(nil, buf[:n], nil)
+		sig, err = p.signer.Sign(nil, buf[:n], nil)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	return sig, nil
+}
+
+// on returns where the key is on connection c. If it has not been found on c
+// yet it is looked for, by its id and label, and must have its public key.
+func (k *key) on(c *connection) (*pair, error) {
+	p := k.pair.Load()
+	if p.conn == c {
+		return p, nil
+	}
+	p, err := c.resolve(k.token.uri.key(k.label, k.id), &k.ref.SPKI)
+	if err != nil {
+		return nil, err
+	}
+	k.pair.Store(p)
+	return p, nil
 }
 
 // errForeign: the key is not one of this token's.

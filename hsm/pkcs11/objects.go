@@ -305,16 +305,14 @@ var publicAttributes = []attribute{
 
 // attributes reads attributes one by one into the form of
 // hsm.Evidence.Attributes. An attribute that the module does not have is noted
-// as unavailable; a lost connection is an error.
+// as unavailable; a lost connection or a busy token is an error.
 func (c *connection) attributes(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, list []attribute, prefix string) (map[string]string, error) {
 	out := make(map[string]string, len(list))
 	for _, a := range list {
 		value, err := c.read(s, object, a.code)
 		var code *codeError
 		switch {
-		case temporary(err):
-			return nil, fmt.Errorf("read %s: %w", a.name, err)
-		case errors.As(err, &code):
+		case errors.As(err, &code) && !code.connection():
 			out[prefix+a.name] = "unavailable: " + codeName(code.code)
 		case err != nil:
 			return nil, fmt.Errorf("read %s: %w", a.name, err)

@@ -45,6 +45,21 @@ func (r *recovery) why() error {
 	return errRecovering
 }
 
+// dead returns why the module is dead, nil if it is not.
+func (r *recovery) dead() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.fatal
+}
+
+// forget lets a module be opened again after a refused PIN: every token of it
+// is closed, and another Open is somebody's decision.
+func (r *recovery) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fatal = nil
+}
+
 // lose reports that t's connection is lost. The first report starts the
 // supervisor, which logs to t's logger; later ones change nothing. The caller holds gate for reading.
 func (m *module) lose(t *Token, err error) {
@@ -138,9 +153,9 @@ func (m *module) disconnectAll() {
 	}
 }
 
-// reconnect logs in again and finds every key again. A key that does not come
-// back as it was is lost for good, and only that key. The caller holds lock and
-// gate.
+// reconnect logs in again and looks for every key. A key that is not there as
+// it was costs nobody else anything: its next use looks again and says why. The
+// caller holds lock and gate.
 func (t *Token) reconnect() error {
 	conn, err := t.module.connect(t)
 	if err != nil {
@@ -151,15 +166,13 @@ func (t *Token) reconnect() error {
 	defer t.mu.Unlock()
 	t.info = conn.info
 	for _, k := range t.keys {
-		h := &handle{conn: conn}
-		h.pair, h.err = conn.resolve(t.uri.key(k.label, k.id), &k.ref.SPKI)
-		if temporary(h.err) {
-			return h.err
+		_, err := k.on(conn)
+		if temporary(err) {
+			return err
 		}
-		if h.err != nil {
-			t.log.Error("key did not come back with the token", "key", k.ref.URI, "error", h.err)
+		if err != nil {
+			t.log.Error("key did not come back with the token", "key", k.ref.URI, "error", err)
 		}
-		k.handle.Store(h)
 	}
 	return nil
 }

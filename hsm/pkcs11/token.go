@@ -105,10 +105,9 @@ type Token struct {
 	// module.gate held for writing, read under it held for reading.
 	conn *connection
 
-	mu     sync.Mutex
-	info   hsm.TokenInfo // under mu: as of the last connection
-	keys   []*key        // under mu: every key opened, for recovery
-	closed bool          // under mu
+	mu   sync.Mutex
+	info hsm.TokenInfo // under mu: as of the last connection
+	keys []*key        // under mu: every key opened, for recovery
 }
 
 var _ hsm.Token = (*Token)(nil)
@@ -143,6 +142,9 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 
 // attach connects t and adds it to the module's tokens. The caller holds lock.
 func (m *module) attach(t *Token) error {
+	if err := m.recovery.dead(); err != nil {
+		return err
+	}
 	conn, err := m.connect(t)
 	if err != nil {
 		return err
@@ -164,6 +166,9 @@ func (m *module) detach(t *Token) {
 	defer m.gate.Unlock()
 	m.disconnect(t)
 	delete(m.tokens, t)
+	if len(m.tokens) == 0 {
+		m.recovery.forget()
+	}
 }
 
 // Info describes the token as it presented itself at the last login.
@@ -174,18 +179,11 @@ func (t *Token) Info() hsm.TokenInfo {
 }
 
 // Close logs out and releases the token. It waits for running calls no longer
-// than the deadline; when one hangs it returns ErrLost and leaves the rest to
-// the end of the process.
+// than the deadline. While a call hangs it returns ErrLost and releases
+// nothing; it may be called again, and the end of the process does the rest.
 func (t *Token) Close() error {
-	t.mu.Lock()
-	closed := t.closed
-	t.closed = true
-	t.mu.Unlock()
-	if closed {
-		return nil
-	}
 	t.queue.close()
-	if t.queue.isWedged() {
+	if t.queue.isWedged() && t.queue.oldest(time.Now()) > 0 {
 		return fmt.Errorf("close %s: %w", t.uri, errWedged)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), t.cfg.Deadline)
@@ -313,12 +311,9 @@ func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte) (*pair, erro
 // adopt makes a Key of a resolved pair and remembers it for recovery.
 func (t *Token) adopt(ref hsm.Ref, p *pair) (hsm.Key, error) {
 	k := &key{token: t, ref: ref, pub: p.pub, id: p.id, label: p.label}
-	k.handle.Store(&handle{conn: p.conn, pair: p})
+	k.pair.Store(p)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.closed {
-		return nil, errClosed
-	}
 	t.keys = append(t.keys, k)
 	return k, nil
 }
