@@ -45,7 +45,8 @@ func parseToken(raw string) (*token, error) {
 	}
 	head, rest, ok := strings.Cut(raw, ".")
 	body, signature, ok2 := strings.Cut(rest, ".")
-	if !ok || !ok2 || signature == "" || strings.Contains(signature, ".") {
+	if !ok || !ok2 || signature == "" || strings.ContainsAny(raw, "\r\n") || strings.Contains(signature, ".") {
+		// Line breaks: encoding/base64 would skip them.
 		return nil, refuse("token is not a signed compact JWS")
 	}
 	header, err := decodeSegment(head)

@@ -1,0 +1,101 @@
+package identity
+
+import (
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+)
+
+// FuzzToken: whatever the octets, parsing ends, and what it accepts is within
+// the bounds that the rest of the package relies on.
+func FuzzToken(f *testing.F) {
+	raw, err := oidctest.New(oidctest.Config{Issuer: "https://idp.example"}).Token(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add(strings.Replace(raw, ".", "..", 1))
+	f.Add("eyJhbGciOiJub25lIn0.e30.AA")
+	f.Fuzz(func(t *testing.T, raw string) {
+		parsed, err := parseToken(raw)
+		if err != nil {
+			return
+		}
+		if len(raw) > maxToken || strings.Count(raw, ".") != 2 || parsed.claims == nil {
+			t.Errorf("accepted %q", raw)
+		}
+		_ = parsed.check("sigstore", noon) // must not panic
+	})
+}
+
+// FuzzClaims: what the strict decoder accepts, encoding/json reads the same.
+func FuzzClaims(f *testing.F) {
+	for _, s := range []string{`{}`, `{"a":[1,{"b":null}]}`, `{"a":1,"a":2}`, `{"a":1e400}`, `{"\ud800":1}`, `[]`, ` {"a":"b"} x`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := parseClaims(b)
+		if err != nil {
+			return
+		}
+		if !utf8.Valid(b) {
+			t.Errorf("accepted invalid UTF-8 %q", b)
+		}
+		dec := json.NewDecoder(strings.NewReader(string(b)))
+		dec.UseNumber()
+		var want map[string]any
+		if err := dec.Decode(&want); err != nil || !reflect.DeepEqual(want, map[string]any(got)) {
+			t.Errorf("%q: got %v, encoding/json reads %v, %v", b, got, want, err)
+		}
+	})
+}
+
+// FuzzCSR: no request is accepted whose key is not on the allow list.
+func FuzzCSR(f *testing.F) {
+	k := makeKeys(f)
+	f.Add(makeCSR(f, k.p256, 0))
+	f.Add(makeCSR(f, k.ed, 0))
+	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n-----END CERTIFICATE REQUEST-----\n"))
+	f.Fuzz(func(t *testing.T, csr []byte) {
+		pub, err := ProveCSR(csr)
+		if err != nil {
+			return
+		}
+		if _, ok := allowedHash(pub); !ok || checkStrength(pub) != nil {
+			t.Errorf("accepted a %T", pub)
+		}
+	})
+}
+
+// FuzzConfig: a configuration that is accepted is valid.
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte("oidc-issuers: {'https://a.example': {issuer-url: 'https://a.example', client-id: c, type: email}}"))
+	f.Add([]byte(`{"OIDCIssuers":{}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		cfg, err := ParseConfig(b)
+		if err == nil && cfg.Validate() != nil {
+			t.Errorf("accepted %q", b)
+		}
+	})
+}
+
+// FuzzKeySet: what is kept of a key set can verify tokens and nothing else.
+func FuzzKeySet(f *testing.F) {
+	f.Add([]byte(`{"keys":[]}`))
+	f.Add([]byte(`{"keys":[{"kty":"oct","k":"AAAA"},{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		keys, err := parseKeys(b)
+		if err != nil {
+			return
+		}
+		for _, key := range keys {
+			if !signs(key) || !key.IsPublic() || len(keys) > maxKeys {
+				t.Errorf("kept %v of %q", key, b)
+			}
+		}
+	})
+}

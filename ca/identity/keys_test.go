@@ -1,0 +1,223 @@
+package identity
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	jose "github.com/go-jose/go-jose/v4"
+)
+
+var discard = slog.New(slog.DiscardHandler)
+
+// fakeIssuer answers fetches in a synctest bubble, where time is free.
+type fakeIssuer struct {
+	mu    sync.Mutex
+	ids   []string
+	err   error
+	delay time.Duration
+	count atomic.Int64
+}
+
+func (f *fakeIssuer) fetch(ctx context.Context) (*snapshot, error) {
+	f.count.Add(1)
+	f.mu.Lock()
+	ids, err, delay := f.ids, f.err, f.delay
+	f.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(delay):
+	}
+	if err != nil {
+		return nil, err
+	}
+	set := &snapshot{algorithms: []string{"RS256"}, lifetime: maxRefresh}
+	for _, id := range ids {
+		set.keys = append(set.keys, jose.JSONWebKey{KeyID: id})
+	}
+	return set, nil
+}
+
+func (f *fakeIssuer) set(err error, delay time.Duration, ids ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ids, f.err, f.delay = ids, err, delay
+}
+
+// keyringTest runs body with a keyring whose goroutine is at work.
+func keyringTest(t *testing.T, f *fakeIssuer, body func(t *testing.T, k *keyring)) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		k := newKeyring(f.fetch, func() {}, discard)
+		var done sync.WaitGroup
+		done.Go(func() { k.run(ctx) })
+		defer done.Wait()
+		defer cancel()
+		synctest.Wait()
+		body(t, k)
+	})
+}
+
+func TestRefreshInBackground(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		if _, keys, err := k.find(t.Context(), "a"); err != nil || len(keys) != 1 {
+			t.Fatalf("%v, %v", keys, err)
+		}
+		f.set(nil, 0, "b")
+		time.Sleep(maxRefresh + time.Second) // the bubble's clock
+		if _, _, err := k.find(t.Context(), "b"); err != nil {
+			t.Error(err)
+		}
+		if n := f.count.Load(); n != 2 {
+			t.Errorf("%d fetches", n)
+		}
+	})
+}
+
+func TestUnknownKeySharesOneFetch(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(nil, time.Second, "a", "b")
+		var found atomic.Int64
+		var all sync.WaitGroup
+		for range 100 {
+			all.Go(func() {
+				if _, _, err := k.find(context.Background(), "b"); err == nil {
+					found.Add(1)
+				}
+			})
+		}
+		all.Wait()
+		if found.Load() != 100 || f.count.Load() != 2 {
+			t.Errorf("%d found it with %d fetches", found.Load(), f.count.Load())
+		}
+	})
+}
+
+func TestUnknownKeysAreLimited(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		for i := range 1000 {
+			if _, _, err := k.find(t.Context(), "x"+strconv.Itoa(i)); !errors.Is(err, ErrToken) {
+				t.Fatal(err)
+			}
+		}
+		if n := f.count.Load(); n != 1+askBurst {
+			t.Errorf("%d fetches", n)
+		}
+		time.Sleep(askEvery)
+		if _, _, err := k.find(t.Context(), "y"); !errors.Is(err, ErrToken) {
+			t.Fatal(err)
+		}
+		if n := f.count.Load(); n != 2+askBurst {
+			t.Errorf("%d fetches after the bucket was refilled", n)
+		}
+		if n := len(k.unknown); n > maxUnknown {
+			t.Errorf("%d unknown keys remembered", n)
+		}
+	})
+}
+
+func TestNegativeCache(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		for range 10 {
+			if _, _, err := k.find(t.Context(), "x"); !errors.Is(err, ErrToken) {
+				t.Fatal(err)
+			}
+		}
+		if n := f.count.Load(); n != 2 {
+			t.Errorf("%d fetches for one unknown key", n)
+		}
+	})
+}
+
+func TestWaitIsBounded(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(nil, fetchTimeout-time.Second, "a", "b")
+		start := time.Now()
+		if _, _, err := k.find(t.Context(), "b"); !errors.Is(err, ErrToken) {
+			t.Error(err)
+		}
+		if d := time.Since(start); d != askWait {
+			t.Errorf("waited %v", d)
+		}
+		time.Sleep(fetchTimeout)
+		if _, _, err := k.find(t.Context(), "b"); err != nil {
+			t.Errorf("after the fetch: %v", err)
+		}
+	})
+}
+
+func TestStaleKeysHaveAnEnd(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(errors.New("down"), 0)
+		time.Sleep(maxStale - time.Minute)
+		if _, _, err := k.find(t.Context(), "a"); err != nil {
+			t.Errorf("keys were dropped early: %v", err)
+		}
+		if h := k.health(); h.Err == nil || h.Keys != 1 {
+			t.Errorf("health %+v", h)
+		}
+		time.Sleep(2 * time.Minute)
+		if _, _, err := k.find(t.Context(), "a"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("stale keys were used: %v", err)
+		}
+		f.set(nil, 0, "a")
+		time.Sleep(maxRetry)
+		if _, _, err := k.find(t.Context(), "a"); err != nil {
+			t.Errorf("after recovery: %v", err)
+		}
+	})
+}
+
+func TestRetriesGrow(t *testing.T) {
+	f := &fakeIssuer{err: errors.New("down")}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		time.Sleep(time.Hour)
+		if n := f.count.Load(); n < 60 || n > 70 {
+			t.Errorf("%d tries in an hour", n)
+		}
+	})
+}
+
+func TestFindAfterClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		f := &fakeIssuer{delay: time.Second}
+		k := newKeyring(f.fetch, func() {}, discard)
+		k.run(ctx)
+		if _, _, err := k.find(t.Context(), "a"); !errors.Is(err, ErrUnavailable) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestLifetime(t *testing.T) {
+	for header, want := range map[string]time.Duration{
+		"":                               maxRefresh,
+		"no-store":                       maxRefresh,
+		"public, max-age=60":             time.Minute,
+		"max-age=1":                      minRefresh,
+		"MAX-AGE=\"90\"":                 90 * time.Second,
+		"max-age=86400":                  maxRefresh,
+		"max-age=-1":                     maxRefresh,
+		"max-age=99999999999999999999":   maxRefresh,
+		"max-age=garbage, max-age=45, x": 45 * time.Second,
+	} {
+		if got := lifetime(header); got != want {
+			t.Errorf("%q: %v, want %v", header, got, want)
+		}
+	}
+}
