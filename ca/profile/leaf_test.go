@@ -350,6 +350,9 @@ func TestFulcioReads(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if err := issuer.CheckLeaf(cert); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 		got, err := certificate.ParseExtensions(cert.Extensions)
 		if err != nil {
 			t.Fatal(err)
@@ -743,6 +746,40 @@ func TestCorrespond(t *testing.T) {
 	before := h.interKey.signatures.Load()
 	if _, err := l.SignFinal(t.Context(), h.interKey, placeholderSCT()); !errors.Is(err, ErrCorrespondence) || h.interKey.signatures.Load() != before {
 		t.Errorf("altered between the two signatures: %v", err)
+	}
+}
+
+func TestCheckLeafRefuses(t *testing.T) {
+	h := newHierarchy(t)
+	issuer := newIssuer(t, h)
+	l, err := issuer.Leaf(emailSpec(newKey(t, elliptic.P256()).Public()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	precert, err := l.SignPrecertificate(t.Context(), h.interKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parse := func(der []byte) *x509.Certificate {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	if err := issuer.CheckLeaf(parse(precert)); !errors.Is(err, ErrLint) {
+		t.Errorf("precertificate: %v, want ErrLint", err)
+	}
+	final, err := l.final(placeholderSCT())
+	if err != nil {
+		t.Fatal(err)
+	}
+	throwaway, err := throwawaySign(final, issuer.algorithm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := issuer.CheckLeaf(parse(throwaway)); !errors.Is(err, ErrIssuer) {
+		t.Errorf("signed with the throw-away key: %v, want ErrIssuer", err)
 	}
 }
 

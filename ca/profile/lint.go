@@ -201,6 +201,19 @@ func CheckAuthority(kind Kind, cert, issuer *x509.Certificate) error {
 	return lintDER(cert.Raw, &candidate{kind: kind, issuer: issuer, algorithm: alg})
 }
 
+// CheckLeaf runs every lint and rule on a final leaf certificate that exists
+// already and verifies its signature with the issuer's key. It does not verify
+// the SCT's signature. Errors: ErrIssuer, ErrWindow, ErrLint.
+func (i *Issuer) CheckLeaf(cert *x509.Certificate) error {
+	if err := i.cert.CheckSignature(i.algorithm.x509, cert.RawTBSCertificate, cert.Signature); err != nil {
+		return fmt.Errorf("%w: %w", ErrIssuer, err)
+	}
+	if err := checkWindow(cert.NotBefore, cert.NotAfter, i.cert); err != nil {
+		return err
+	}
+	return lintDER(cert.Raw, &candidate{kind: leaf, form: formFinal, issuer: i.cert, algorithm: i.algorithm})
+}
+
 // clip bounds what a finding quotes.
 func clip(s string) string {
 	if len(s) > 200 {
