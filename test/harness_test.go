@@ -325,3 +325,29 @@ func (s *syncBuffer) String() string {
 	defer s.mu.Unlock()
 	return s.b.String()
 }
+
+// softHSMPath is where the library is.
+func softHSMPath(t testing.TB) string {
+	t.Helper()
+	path, err := softhsm.Module()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// eventually polls until done says so, for at most a minute.
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(time.Minute)
+	defer deadline.Stop()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for !done() {
+		select {
+		case <-deadline.C:
+			t.Fatalf("%s did not come within a minute", what)
+		case <-tick.C:
+		}
+	}
+}
