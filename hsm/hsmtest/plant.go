@@ -2,6 +2,7 @@ package hsmtest
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
@@ -43,21 +44,28 @@ func (token SoftHSMToken) Device(cfg pkcs11.Config, logins func() int) Device {
 		PIN:       token.PIN,
 		URI:       func(label string, id []byte) string { return pkcs11.KeyURI(token.Label, label, id) },
 		Malformed: malformed,
-		Plant:     Plant,
-		Logins:    logins,
-		Level:     hsm.LevelSoftware,
+		Plant: func(t testing.TB, opened hsm.Token, planted Planted) {
+			plant(t, opened, token.PIN, planted)
+		},
+		Logins: logins,
+		Level:  hsm.LevelSoftware,
 	}
 }
 
-// Plant adds a P-256 pair to an open token as other tools do: through the
-// library itself, sharing the process's login.
-func Plant(t testing.TB, token hsm.Token, planted Planted) {
+// plant adds a P-256 pair to an open token as other tools do: through the
+// library itself. Where the library has one state for the process it shares
+// the token's login, else it logs in.
+func plant(t testing.TB, token hsm.Token, pin []byte, planted Planted) {
 	t.Helper()
 	lib := p11.New(token.Info().Module)
 	if lib == nil {
 		t.Fatal("cannot load the module")
 	}
 	session, err := lib.OpenSession(token.Info().Slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
+	if errors.Is(err, p11.Error(p11.CKR_CRYPTOKI_NOT_INITIALIZED)) {
+		session, err = ownSession(lib, token.Info().Label, string(pin))
+		defer func() { _ = lib.Finalize() }()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,4 +94,26 @@ func Plant(t testing.TB, token hsm.Token, planted Planted) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// ownSession initialises a library and logs in to the token with this label.
+func ownSession(lib *p11.Ctx, label, pin string) (p11.SessionHandle, error) {
+	if err := lib.Initialize(); err != nil {
+		return 0, err
+	}
+	slots, err := lib.GetSlotList(true)
+	if err != nil {
+		return 0, err
+	}
+	for _, slot := range slots {
+		if info, err := lib.GetTokenInfo(slot); err != nil || info.Label != label {
+			continue
+		}
+		session, err := lib.OpenSession(slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
+		if err != nil {
+			return 0, err
+		}
+		return session, lib.Login(session, p11.CKU_USER, pin)
+	}
+	return 0, errors.New("token " + label + " is not there")
 }

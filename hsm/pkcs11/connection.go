@@ -1,7 +1,9 @@
 package pkcs11
 
 import (
+	"errors"
 	"fmt"
+	"reflect"
 	"sync"
 
 	"github.com/ThalesIgnite/crypto11"
@@ -55,12 +57,30 @@ func (m *module) connect(t *Token) (*connection, error) {
 		return nil, fmt.Errorf("log in: %w", classify(err))
 	}
 	m.live++
-	c := &connection{raw: m.raw, context: context, sessions: sessions}
-	if err := c.begin(m, t.uri); err != nil {
+	c := &connection{context: context, sessions: sessions}
+	if c.raw, err = innerHandle(context); err == nil {
+		m.shared = c.raw
+		err = c.begin(m, t.uri)
+	}
+	if err != nil {
 		m.release(c)
 		return nil, err
 	}
 	return c, nil
+}
+
+// innerHandle returns the library handle that crypto11 keeps to itself. Object
+// handles, sessions and the login belong to it; see module.handle for why a
+// handle of our own would not do.
+func innerHandle(context *crypto11.Context) (*pkcs11.Ctx, error) {
+	field := reflect.ValueOf(context).Elem().FieldByName("ctx")
+	if field.IsValid() && field.Kind() == reflect.Struct {
+		field = field.FieldByName("Ctx")
+	}
+	if !field.IsValid() || field.Type() != reflect.TypeFor[*pkcs11.Ctx]() || field.IsNil() {
+		return nil, errors.New("crypto11 has changed: its library handle is not where it was")
+	}
+	return (*pkcs11.Ctx)(field.UnsafePointer()), nil
 }
 
 // begin opens the reading session and learns what the token can do.
@@ -103,7 +123,9 @@ func (m *module) release(c *connection) {
 		_ = c.raw.CloseSession(c.admin)
 	}
 	_ = c.context.Close() // exactly once: a second Close panics
-	m.live--
+	if m.live--; m.live == 0 {
+		m.shared = nil // crypto11 has finalised and destroyed it
+	}
 }
 
 // withAdmin runs f with the reading session to itself.

@@ -29,13 +29,14 @@ var registry = struct {
 // are open, and their recovery.
 type module struct {
 	path string
-	raw  *pkcs11.Ctx // shares the library's state with crypto11's own handle
+	raw  *pkcs11.Ctx // never initialised while live > 0; see handle
 
 	// lock is held, by having put a value in, while the library is initialised
 	// or finalised, tokens are opened or closed or initialised. A channel and
 	// not a mutex, so that waiting for it can end.
 	lock   chan struct{}
 	live   int                 // under lock: crypto11 contexts, so the library is initialised if > 0
+	shared *pkcs11.Ctx         // under lock: crypto11's own handle while live > 0, else nil
 	tokens map[*Token]struct{} // under lock: what is open
 
 	// gate is held for reading during each C call on behalf of a caller, and
@@ -114,20 +115,31 @@ func (m *module) initialised(f func() error) error {
 	return f()
 }
 
+// handle returns the handle that is initialised: crypto11's own while it has
+// one. To load the library a second time is not the same everywhere: SoftHSM
+// has one state for the process, p11-kit's client a new connection, not logged
+// in, for each C_GetFunctionList.
+func (m *module) handle() *pkcs11.Ctx {
+	if m.shared != nil {
+		return m.shared
+	}
+	return m.raw
+}
+
 // present lists the initialised tokens that are there. A slot that cannot be
 // read is passed over: a stranger's broken reader must not stop ours.
 func (m *module) present() ([]hsm.TokenInfo, error) {
-	slots, err := m.raw.GetSlotList(true)
+	slots, err := m.handle().GetSlotList(true)
 	if err != nil {
 		return nil, fmt.Errorf("list slots: %w", classify(err))
 	}
 	var version string
-	if info, err := m.raw.GetInfo(); err == nil {
+	if info, err := m.handle().GetInfo(); err == nil {
 		version = fmt.Sprintf("%d.%d", info.LibraryVersion.Major, info.LibraryVersion.Minor)
 	}
 	var tokens []hsm.TokenInfo
 	for _, slot := range slots {
-		info, err := m.raw.GetTokenInfo(slot)
+		info, err := m.handle().GetTokenInfo(slot)
 		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
 			continue
 		}
@@ -277,38 +289,44 @@ func (m *module) initToken(label string, soPIN, pin []byte) error {
 			return hsm.ErrExists
 		}
 	}
-	slot, err := m.freeSlot()
+	slot, info, err := m.freeSlot()
 	if err != nil {
 		return err
 	}
-	if err := m.raw.InitToken(slot, string(soPIN), label); err != nil {
+	for _, p := range [][]byte{soPIN, pin} { // before anything is written
+		if n := uint(len(p)); n < info.MinPinLen || n > info.MaxPinLen {
+			return fmt.Errorf("PIN of %d octets, want %d to %d: %w", n, info.MinPinLen, info.MaxPinLen, hsm.ErrPIN)
+		}
+	}
+	raw := m.handle()
+	if err := raw.InitToken(slot, string(soPIN), label); err != nil {
 		return fmt.Errorf("C_InitToken: %w", classify(err))
 	}
-	session, err := m.raw.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	session, err := raw.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return fmt.Errorf("open session: %w", classify(err))
 	}
-	defer func() { _ = m.raw.CloseSession(session) }() // also logs out
-	if err := m.raw.Login(session, pkcs11.CKU_SO, string(soPIN)); err != nil {
+	defer func() { _ = raw.CloseSession(session) }() // also logs out
+	if err := raw.Login(session, pkcs11.CKU_SO, string(soPIN)); err != nil {
 		return fmt.Errorf("log in as security officer: %w", classify(err))
 	}
-	if err := m.raw.InitPIN(session, string(pin)); err != nil {
+	if err := raw.InitPIN(session, string(pin)); err != nil {
 		return fmt.Errorf("set user PIN: %w", classify(err))
 	}
 	return nil
 }
 
 // freeSlot returns a slot whose token is present and not initialised.
-func (m *module) freeSlot() (uint, error) {
-	slots, err := m.raw.GetSlotList(true)
+func (m *module) freeSlot() (uint, pkcs11.TokenInfo, error) {
+	slots, err := m.handle().GetSlotList(true)
 	if err != nil {
-		return 0, fmt.Errorf("list slots: %w", classify(err))
+		return 0, pkcs11.TokenInfo{}, fmt.Errorf("list slots: %w", classify(err))
 	}
 	for _, slot := range slots {
-		info, err := m.raw.GetTokenInfo(slot)
+		info, err := m.handle().GetTokenInfo(slot)
 		if err == nil && info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
-			return slot, nil
+			return slot, info, nil
 		}
 	}
-	return 0, fmt.Errorf("free slot: %w", hsm.ErrNotFound)
+	return 0, pkcs11.TokenInfo{}, fmt.Errorf("free slot: %w", hsm.ErrNotFound)
 }
