@@ -8,8 +8,11 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"math/big"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/sigstore/fulcio/pkg/certificate"
@@ -95,8 +98,9 @@ type Leaf struct {
 	start, end time.Time
 }
 
-// Leaf builds and lints a leaf. Errors: ErrKey, ErrName, ErrSpec, ErrWindow,
-// ErrLint.
+// Leaf builds and lints a leaf. Errors: ErrKey and ErrName, which are the
+// requester's fault (with ErrLint, where a lint found it); ErrSpec, ErrWindow,
+// and ErrLint alone, which are ours.
 func (i *Issuer) Leaf(spec LeafSpec) (*Leaf, error) {
 	tmpl, san, err := i.template(spec)
 	if err != nil {
@@ -121,9 +125,31 @@ func (i *Issuer) Leaf(spec LeafSpec) (*Leaf, error) {
 		return nil, err
 	}
 	if err := lintCopy(placeholder, i.algorithm, &candidate{kind: leaf, form: formFinal, issuer: i.cert, san: san}); err != nil {
-		return nil, err
+		return nil, blame(err)
 	}
 	return l, nil
+}
+
+// blame adds ErrKey or ErrName to a *LintError all of whose findings are about
+// the one thing that the requester chose, so that callers tell a client's
+// fault from ours.
+func blame(err error) error {
+	var failed *LintError
+	if !errors.As(err, &failed) {
+		return err
+	}
+	about := func(prefixes ...string) bool {
+		return !slices.ContainsFunc(failed.Rules(), func(rule string) bool {
+			return !slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(rule, p) })
+		})
+	}
+	switch {
+	case about("e_rsa_fermat_factorization", "chancery_leaf_key"):
+		return fmt.Errorf("%w: %w", ErrKey, err)
+	case about("e_ext_san_rfc822_", "e_ext_san_uri_", "chancery_leaf_text", "chancery_leaf_size"):
+		return fmt.Errorf("%w: %w", ErrName, err)
+	}
+	return err
 }
 
 // template fills in a leaf; it also returns the subjectAltName's value.

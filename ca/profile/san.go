@@ -4,6 +4,7 @@ import (
 	"encoding/asn1"
 	"fmt"
 	"net/mail"
+	"net/netip"
 	"net/url"
 	"strings"
 
@@ -144,15 +145,38 @@ func checkURI(s string) error {
 	if u.Scheme == "" || u.Hostname() == "" || u.Opaque != "" || u.User != nil {
 		return fmt.Errorf("%w: not an absolute URI with a host and without user information", ErrName)
 	}
-	if strings.ContainsFunc(u.Hostname(), func(r rune) bool { return !strings.ContainsRune(hostCharacters, r) }) {
+	if !validHost(u.Hostname()) {
 		return fmt.Errorf("%w: URI whose host is no name in A-labels and no address", ErrName)
 	}
 	return nil
 }
 
-// hostCharacters are those of a DNS name, an IPv4 and an IPv6 address; a
-// percent sign, of an escape or a zone, is none of them.
-const hostCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:"
+// validHost takes an address without zone, or a DNS name: labels of 1 to 63
+// letters, digits, hyphens and underscores, 253 octets in all, no dot at the
+// end (crypto/x509 refuses to parse one).
+func validHost(host string) bool {
+	if strings.Contains(host, ":") {
+		addr, err := netip.ParseAddr(host)
+		return err == nil && addr.Zone() == ""
+	}
+	if len(host) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(host, ".") {
+		if len(label) == 0 || len(label) > 63 || strings.ContainsFunc(label, notHostRune) {
+			return false
+		}
+	}
+	return true
+}
+
+func notHostRune(r rune) bool {
+	switch {
+	case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '_':
+		return false
+	}
+	return true
+}
 
 func checkOtherName(s string) error {
 	if err := checkLength(s); err != nil {
