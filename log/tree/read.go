@@ -2,7 +2,6 @@ package tree
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/google/trillian"
@@ -65,9 +64,6 @@ func (t *logTree) ByLeafHash(ctx context.Context, h Hash) (Entry, error) {
 
 // ByIdentity implements Tree.
 func (t *logTree) ByIdentity(ctx context.Context, id Hash) (Entry, error) {
-	if t.backend.Identities == nil {
-		return Entry{}, fmt.Errorf("look up identity: %w", errors.ErrUnsupported)
-	}
 	done, err := t.enter()
 	if err != nil {
 		return Entry{}, err

@@ -25,6 +25,5 @@ func OpenStore(cfg Config) (*Backend, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open log storage: %w", err)
 	}
-	identities, _ := any(s).(IdentityReader)
-	return &Backend{Log: s, Admin: s.Admin(), Tiles: s, Identities: identities, Close: s.Close}, nil
+	return &Backend{Log: s, Admin: s.Admin(), Tiles: s, Identities: s, Close: s.Close}, nil
 }
