@@ -388,7 +388,11 @@ func TestSubmissionsAreBounded(t *testing.T) {
 		_ = resp.Body.Close()
 		done <- resp.StatusCode
 	}()
-	<-arrived
+	select {
+	case <-arrived:
+	case status := <-done:
+		t.Fatalf("first submission was answered before it was appended: %d", status)
+	}
 	if resp, body := f.post(t, "/ct/v1/add-pre-chain", body); resp.StatusCode != 503 {
 		t.Errorf("second submission: %d %q", resp.StatusCode, body)
 	}
