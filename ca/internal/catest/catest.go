@@ -1,0 +1,190 @@
+// Package catest is a CA and a log on software keys in memory, for the tests
+// and benchmarks of ca and ca/server. The chain is made by ca/profile and the
+// SCTs are real: every part of an issued certificate verifies.
+package catest
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/big"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/cryptobyte"
+
+	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/profile"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
+)
+
+// Start is when the chain begins to be valid; it lasts a year.
+var Start = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// Noon is the time of the tests.
+var Noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+
+// Fixture is a CA's parts: what ca.Config wants, with counters on the keys.
+type Fixture struct {
+	Key   *hsmtest.Counting
+	Chain []*x509.Certificate // intermediate, root
+	Log   *Log
+}
+
+// New makes a root, an intermediate and a log.
+func New(t testing.TB) *Fixture {
+	t.Helper()
+	root, intermediate := hsmtest.SoftwareKey(hsm.ECDSAP384), hsmtest.SoftwareKey(hsm.ECDSAP256)
+	rootCert := certify(t, profile.Root, "Test Root", root, nil, root)
+	return &Fixture{
+		Key:   &hsmtest.Counting{Key: intermediate},
+		Chain: []*x509.Certificate{certify(t, profile.Intermediate, "Test CA", intermediate, rootCert, root), rootCert},
+		Log:   &Log{Key: &hsmtest.Counting{Key: hsmtest.SoftwareKey(hsm.ECDSAP256)}},
+	}
+}
+
+func certify(t testing.TB, kind profile.Kind, name string, subject hsm.Key, issuer *x509.Certificate, signer hsm.Key) *x509.Certificate {
+	t.Helper()
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 150))
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := profile.AuthoritySpec{
+		Kind: kind, Subject: pkix.Name{CommonName: name, Organization: []string{"Test"}},
+		Serial: serial.SetBit(serial, 150, 1), Public: subject.Public(),
+		NotBefore: Start, NotAfter: Start.AddDate(1, 0, 0),
+	}
+	if kind == profile.Root {
+		spec.PathLen = 1
+	}
+	tbs, err := profile.NewAuthority(spec, issuer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := tbs.Sign(t.Context(), signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// Config is a configuration that works.
+func (f *Fixture) Config() ca.Config {
+	return ca.Config{
+		Key: f.Key, Chain: f.Chain, SCTs: f.Log, LogKey: f.Log.Key.Public(),
+		Now: func() (time.Time, error) { return Noon, nil },
+	}
+}
+
+// Authority makes the authority of a configuration.
+func Authority(t testing.TB, cfg ca.Config) *ca.Authority {
+	t.Helper()
+	a, err := ca.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// Leaf is what was committed to a Log.
+type Leaf struct {
+	TBS, Precert []byte
+	Chain        [][]byte
+}
+
+// Log signs SCTs and keeps leaves in memory. Its hooks stand where the real
+// one may fail or wait; set them before use.
+type Log struct {
+	Key       *hsmtest.Counting
+	OnPromise func(ctx context.Context, tbs []byte) error
+	OnCommit  func(ctx context.Context) error
+	// Tamper changes an SCT on its way out.
+	Tamper func(sct []byte) []byte
+
+	mu     sync.Mutex
+	leaves []Leaf // guarded by mu
+}
+
+// Leaves returns what was committed.
+func (l *Log) Leaves() []Leaf {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]Leaf(nil), l.leaves...)
+}
+
+// Promise implements ca.SCTSource.
+func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
+	if l.OnPromise != nil {
+		if err := l.OnPromise(ctx, tbs); err != nil {
+			return nil, err
+		}
+	}
+	sct, err := l.sign(ctx, issuerKeyHash, tbs)
+	if err != nil {
+		return nil, err
+	}
+	if l.Tamper != nil {
+		sct = l.Tamper(sct)
+	}
+	return &promise{log: l, sct: sct, tbs: tbs}, nil
+}
+
+// sign makes a SignedCertificateTimestamp (RFC 6962, Section 3.2).
+func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) ([]byte, error) {
+	spki, err := x509.MarshalPKIXPublicKey(l.Key.Public().(*ecdsa.PublicKey))
+	if err != nil {
+		return nil, err
+	}
+	id := sha256.Sum256(spki)
+	at := uint64(Noon.UnixMilli())
+	var data cryptobyte.Builder
+	data.AddBytes([]byte{0, 0}) // v1, certificate_timestamp
+	data.AddUint64(at)
+	data.AddUint16(1) // precert_entry
+	data.AddBytes(issuerKeyHash[:])
+	data.AddUint24LengthPrefixed(func(b *cryptobyte.Builder) { b.AddBytes(tbs) })
+	data.AddUint16(0) // no extensions
+	digest := sha256.Sum256(data.BytesOrPanic())
+	signature, err := l.Key.SignContext(ctx, digest[:], hsm.ECDSAP256.Hash())
+	if err != nil {
+		return nil, err
+	}
+	var sct cryptobyte.Builder
+	sct.AddUint8(0)
+	sct.AddBytes(id[:])
+	sct.AddUint64(at)
+	sct.AddUint16(0)
+	sct.AddBytes([]byte{4, 3}) // sha256, ecdsa
+	sct.AddUint16LengthPrefixed(func(b *cryptobyte.Builder) { b.AddBytes(signature) })
+	return sct.Bytes()
+}
+
+type promise struct {
+	log      *Log
+	sct, tbs []byte
+}
+
+// SCT implements ca.Promise.
+func (p *promise) SCT() []byte { return p.sct }
+
+// Commit implements ca.Promise.
+func (p *promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
+	if p.log.OnCommit != nil {
+		if err := p.log.OnCommit(ctx); err != nil {
+			return 0, err
+		}
+	}
+	p.log.mu.Lock()
+	defer p.log.mu.Unlock()
+	p.log.leaves = append(p.log.leaves, Leaf{TBS: p.tbs, Precert: precert, Chain: chain})
+	return uint64(len(p.log.leaves) - 1), nil
+}
