@@ -194,6 +194,9 @@ func listOf(t *testing.T, sct []byte) pkix.Extension {
 
 func checkTransparent(t *testing.T, issuer *Issuer, l *Leaf, log *testLog, precert, final, sct []byte) {
 	t.Helper()
+	if start, end := l.Validity(); !start.Equal(testStart.Add(time.Hour)) || !end.Equal(start.Add(10*time.Minute)) {
+		t.Errorf("validity %s to %s", start, end)
+	}
 	if err := l.CheckSCT(sct, log.key.Public()); err != nil {
 		t.Error(err)
 	}

@@ -159,6 +159,16 @@ func TestBadInput(t *testing.T) {
 		{"digest too long", typeQuery, der(t, func(r *timestamp.Request) { r.HashedMessage = make([]byte, 33) }), 400, msgLength},
 		{"digest empty", typeQuery, der(t, func(r *timestamp.Request) { r.HashedMessage = nil }), 400, msgLength},
 		{"policy of another", typeQuery, der(t, func(r *timestamp.Request) { r.TSAPolicyOID = asn1.ObjectIdentifier{1, 2, 3, 4, 1} }), 400, msgPolicy},
+		{"hash algorithm with a parameter", typeQuery, assemble(t, imprint(sha256Algorithm(4, 0))), 400, msgGeneric},
+		{"hash algorithm with NULL and more", typeQuery, assemble(t, imprint(sha256Algorithm(5, 0, 5, 0))), 400, msgGeneric},
+		{"hash algorithm no OID", typeQuery, assemble(t, imprint([]byte{0x30, 2, 5, 0})), 400, msgGeneric},
+		{"imprint no sequence", typeQuery, assemble(t, []byte{4, 0}), 400, msgGeneric},
+		{"imprint with trailing data", typeQuery, assemble(t, imprint(sha256Algorithm(), 5, 0)), 400, msgGeneric},
+		{"malformed policy", typeQuery, assemble(t, imprint(sha256Algorithm()), 6, 1, 0x80), 400, msgGeneric},
+		{"nonce not minimal", typeQuery, assemble(t, imprint(sha256Algorithm()), 2, 2, 0, 1), 400, msgGeneric},
+		{"nonce empty", typeQuery, assemble(t, imprint(sha256Algorithm()), 2, 0), 400, msgGeneric},
+		{"certReq neither true nor false", typeQuery, assemble(t, imprint(sha256Algorithm()), 1, 1, 1), 400, msgGeneric},
+		{"nonce after certReq", typeQuery, assemble(t, imprint(sha256Algorithm()), 1, 1, 0xff, 2, 1, 5), 400, msgGeneric},
 		{"an extension", typeQuery, der(t, func(r *timestamp.Request) {
 			r.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}, Value: []byte{5, 0}}}
 		}), 400, msgExtension},
@@ -181,6 +191,65 @@ func TestBadInput(t *testing.T) {
 		h.ServeHTTP(w, r)
 		wantProblem(t, w, 415, msgGeneric)
 	})
+}
+
+// sha256Algorithm is the AlgorithmIdentifier of SHA-256 with these parameters.
+func sha256Algorithm(parameters ...byte) []byte {
+	id := []byte{6, 9, 0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, 1}
+	return append(append([]byte{0x30, byte(len(id) + len(parameters))}, id...), parameters...)
+}
+
+// imprint is a MessageImprint of the artefact, with more after the digest.
+func imprint(algorithm []byte, more ...byte) []byte {
+	digest := sha256.Sum256(artifact)
+	content := append(append(append([]byte{}, algorithm...), 4, 32), digest[:]...)
+	content = append(content, more...)
+	return append([]byte{0x30, byte(len(content))}, content...)
+}
+
+// assemble is a TimeStampReq of version 1 with these fields.
+func assemble(t *testing.T, fields []byte, more ...byte) []byte {
+	t.Helper()
+	content := append(append([]byte{2, 1, 1}, fields...), more...)
+	if len(content) > 127 {
+		t.Fatalf("%d octets need a long length", len(content))
+	}
+	return append([]byte{0x30, byte(len(content))}, content...)
+}
+
+// TestLenientForms: what DER or the profile would not write, but clients do.
+// The message imprint comes back in the octets in which it was sent.
+func TestLenientForms(t *testing.T) {
+	f := newFixture(t, hsmtest.SoftwareKey(hsm.ECDSAP256))
+	h := serve(f.Authority, "")
+	for _, test := range []struct {
+		name    string
+		imprint []byte
+		more    []byte
+	}{
+		{"no parameters", imprint(sha256Algorithm()), nil},
+		{"NULL parameters", imprint(sha256Algorithm(5, 0)), nil},
+		{"explicit certReq FALSE", imprint(sha256Algorithm(5, 0)), []byte{1, 1, 0}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := post(h, typeQuery, bytes.NewReader(assemble(t, test.imprint, test.more...)))
+			if w.Code != http.StatusOK {
+				t.Fatalf("status %d: %s", w.Code, w.Body)
+			}
+			if !bytes.Contains(w.Body.Bytes(), test.imprint) {
+				t.Error("the message imprint is not the request's")
+			}
+			ts, err := verification.VerifyTimestampResponse(w.Body.Bytes(), bytes.NewReader(artifact), verification.VerifyOpts{
+				TSACertificate: f.chain[0], Roots: f.chain[1:],
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ts.AddTSACertificate {
+				t.Error("certificate without being asked for")
+			}
+		})
+	}
 }
 
 func wantProblem(t *testing.T, w *httptest.ResponseRecorder, status int, message string) {
@@ -250,6 +319,9 @@ func TestChainAndPing(t *testing.T) {
 	w := get("/api/v1/timestamp/certchain")
 	if w.Code != http.StatusOK || w.Header().Get("Content-Type") != typeChain {
 		t.Fatalf("status %d, type %q", w.Code, w.Header().Get("Content-Type"))
+	}
+	if !bytes.Equal(w.Body.Bytes(), f.CertificateChain()) {
+		t.Error("CertificateChain gives another chain")
 	}
 	rest := w.Body.Bytes()
 	for i, want := range f.chain {
