@@ -269,14 +269,24 @@ func ParseDefinition(source []byte) (*Definition, error) {
 	return d, nil
 }
 
-// maxYAMLDepth bounds flow nesting; the definition itself needs 3.
-const maxYAMLDepth = 16
+// maxYAMLDepth bounds flow nesting; the definition itself needs 3. maxYAMLLine
+// bounds a line, in octets: the parser's time grows with the square of it.
+const (
+	maxYAMLDepth = 16
+	maxYAMLLine  = 1000
+)
 
 // checkPlainYAML refuses what a reader of the text would not see.
 func checkPlainYAML(source []byte) error {
 	for _, b := range source {
 		if b == 0x7f || b < 0x20 && b != '\n' && b != '\r' && b != '\t' {
 			return fmt.Errorf("%w: control character 0x%02x", ErrDefinition, b)
+		}
+	}
+	n := 0
+	for line := range bytes.Lines(source) {
+		if n++; len(line) > maxYAMLLine {
+			return fmt.Errorf("%w: line %d: longer than %d octets", ErrDefinition, n, maxYAMLLine)
 		}
 	}
 	depth := 0

@@ -2,9 +2,12 @@ package ceremony
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -66,5 +69,347 @@ func TestRehearseWritesEverything(t *testing.T) {
 	}
 	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrOutputExists) {
 		t.Errorf("second run in the same folder: %v, want ErrOutputExists", err)
+	}
+}
+
+// killAfter is a clock that works n times and then fails: the ceremony stops
+// right before a record is written, with its step's work done, as a kill
+// would.
+func killAfter(n int) func() (time.Time, error) {
+	return func() (time.Time, error) {
+		if n--; n < 0 {
+			return time.Time{}, errKilled
+		}
+		return testNow, nil
+	}
+}
+
+var errKilled = errors.New("killed")
+
+// A ceremony that is killed before every record, one after the other, and
+// resumed each time, ends with exactly one key for each name and verifies.
+func TestResumeAfterEveryRecord(t *testing.T) {
+	d := demoDefinition(t)
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Resume: true}
+	kills := 0
+	for ; ; kills++ {
+		// One reading of the clock before anything is written, one for a
+		// record, one more for a certificate's dates. Two after three, because
+		// an interrupted entropy step begins anew.
+		opts.Now = killAfter(2 + kills%2)
+		_, err := Rehearse(context.Background(), d, opts)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, errKilled) || kills > 100 {
+			t.Fatalf("after %d kills: %v", kills, err)
+		}
+		tear(t, opts.Dir)
+	}
+	if kills < 20 {
+		t.Errorf("only %d kills", kills)
+	}
+	for name, want := range map[string]int{DemoRootToken: 2, DemoOnlineToken: 4} {
+		if n, err := opts.Tokens[name].Keys(context.Background()); err != nil || n != want {
+			t.Errorf("token %s has %d keys (%v), want %d", name, n, err, want)
+		}
+	}
+	if err := Verify(opts.Dir).Err(); err != nil {
+		t.Error(err)
+	}
+	records := countRecords(t, opts.Dir)
+	opts.Now = fixedClock
+	if _, err := Rehearse(context.Background(), d, opts); err != nil || countRecords(t, opts.Dir) != records {
+		t.Errorf("resuming a complete ceremony: %v, and it has %d records", err, countRecords(t, opts.Dir))
+	}
+}
+
+// tear leaves the beginning of a record at the end of the transcript.
+func tear(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(dir, TranscriptName), os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(`{"actor":"chancery-cer`); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func countRecords(t *testing.T, dir string) int {
+	t.Helper()
+	f, err := os.Open(filepath.Join(dir, TranscriptName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	records, err := ReadTranscript(f)
+	if err != nil && !errors.Is(err, ErrTorn) {
+		t.Fatal(err)
+	}
+	return len(records)
+}
+
+// faulty is a token of which one answer is changed.
+type faulty struct {
+	hsm.Token
+	info     func(hsm.TokenInfo) hsm.TokenInfo
+	find     error
+	generate error
+	evidence func(hsm.Evidence) hsm.Evidence
+	random   func(n int) []byte
+}
+
+func (f *faulty) Info() hsm.TokenInfo {
+	if f.info != nil {
+		return f.info(f.Token.Info())
+	}
+	return f.Token.Info()
+}
+
+func (f *faulty) Find(ctx context.Context, id []byte) (hsm.Key, error) {
+	if f.find != nil {
+		return nil, f.find
+	}
+	return f.Token.Find(ctx, id)
+}
+
+func (f *faulty) Generate(ctx context.Context, spec hsm.Spec) (hsm.Key, error) {
+	if f.generate != nil {
+		return nil, f.generate
+	}
+	return f.Token.Generate(ctx, spec)
+}
+
+func (f *faulty) Evidence(ctx context.Context, key hsm.Key) (hsm.Evidence, error) {
+	e, err := f.Token.Evidence(ctx, key)
+	if f.evidence != nil {
+		e = f.evidence(e)
+	}
+	return e, err
+}
+
+func (f *faulty) Random(ctx context.Context, n int) ([]byte, error) {
+	if f.random != nil {
+		return f.random(n), nil
+	}
+	return f.Token.Random(ctx, n)
+}
+
+func TestRehearseRefuses(t *testing.T) {
+	changed := func(change func(*hsm.Evidence)) *faulty {
+		return &faulty{evidence: func(e hsm.Evidence) hsm.Evidence {
+			attributes := map[string]string{}
+			for k, v := range e.Attributes {
+				attributes[k] = v
+			}
+			e.Attributes = attributes
+			change(&e)
+			return e
+		}}
+	}
+	for _, tc := range []struct {
+		name  string
+		token *faulty // stands before the root's token
+		opts  func(*Options)
+		want  error
+	}{
+		{"a token that is not software", &faulty{info: func(i hsm.TokenInfo) hsm.TokenInfo {
+			i.Manufacturer, i.Model = "Thales", "Luna K7"
+			return i
+		}}, nil, ErrEnvironment},
+		{"a key that is not software", changed(func(e *hsm.Evidence) { e.Level = hsm.LevelModule }), nil, ErrEnvironment},
+		{"an extractable key", changed(func(e *hsm.Evidence) { e.Attributes["EXTRACTABLE"] = "true" }), nil, hsm.ErrPolicy},
+		{"a key that was imported", changed(func(e *hsm.Evidence) { e.Attributes["LOCAL"] = "false" }), nil, hsm.ErrPolicy},
+		{"a key with another id", changed(func(e *hsm.Evidence) { e.Attributes["ID"] = "00" }), nil, hsm.ErrMismatch},
+		{"a self-test that does not verify", changed(func(e *hsm.Evidence) { e.SelfTestText += "." }), nil, hsm.ErrBadSignature},
+		{"a key of another type", changed(func(e *hsm.Evidence) { e.Algorithm = hsm.ECDSAP256 }), nil, hsm.ErrPolicy},
+		{"a random source that is stuck", &faulty{random: func(n int) []byte { return make([]byte, n) }}, nil, ErrEntropy},
+		{"a random source that is dry", &faulty{random: func(int) []byte { return nil }}, nil, ErrEntropy},
+		{"a token that is lost", &faulty{generate: hsm.ErrLost}, nil, hsm.ErrLost},
+		{"a token that is missing", nil, func(o *Options) { delete(o.Tokens, DemoOnlineToken) }, hsm.ErrNotFound},
+		{"a share of the wrong size", nil, func(o *Options) { o.Shares = map[string][]byte{"w1": make([]byte, 31)} }, ErrEntropy},
+		{"an output that exists", nil, func(o *Options) { place(t, o.Dir, "root.pem") }, ErrOutputExists},
+		{"a transcript that exists", nil, func(o *Options) { place(t, o.Dir, TranscriptName) }, ErrOutputExists},
+		{"another definition in the folder", nil, func(o *Options) { place(t, o.Dir, definitionName) }, ErrOutputExists},
+		{"evidence that exists", nil, func(o *Options) { place(t, o.Dir, "evidence/ct-1.json") }, ErrOutputExists},
+		{"a clock that refuses", nil, func(o *Options) { o.Now = killAfter(0) }, errKilled},
+		{"a program that is not there", nil, func(o *Options) { o.Binary = "/nonexistent" }, os.ErrNotExist},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+			if tc.token != nil {
+				f := *tc.token
+				f.Token = opts.Tokens[DemoRootToken]
+				opts.Tokens[DemoRootToken] = &f
+			}
+			if tc.opts != nil {
+				tc.opts(&opts)
+			}
+			if _, err := Rehearse(context.Background(), demoDefinition(t), opts); !errors.Is(err, tc.want) {
+				t.Errorf("error %v, want %v", err, tc.want)
+			}
+			if _, err := os.Stat(filepath.Join(opts.Dir, "trusted_root.json")); err == nil {
+				t.Error("it wrote a trusted root")
+			}
+		})
+	}
+}
+
+// place puts a foreign file among the outputs.
+func place(t testing.TB, dir, name string) {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("foreign\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRehearseTokenNotEmpty(t *testing.T) {
+	opts := Options{Tokens: twoTokens(t), Dir: t.TempDir(), Now: fixedClock}
+	hsmtest.NewKey(t, opts.Tokens[DemoOnlineToken], "left-behind", hsm.ECDSAP256)
+	if _, err := Rehearse(context.Background(), demoDefinition(t), opts); !errors.Is(err, ErrNotEmpty) {
+		t.Errorf("error %v, want ErrNotEmpty", err)
+	}
+}
+
+// Resuming stops when the token has not exactly what was announced, and when
+// the definition is another.
+func TestResumeStops(t *testing.T) {
+	d := demoDefinition(t)
+	tokens := twoTokens(t)
+	opts := Options{Tokens: tokens, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	root := &faulty{Token: tokens[DemoRootToken], generate: hsm.ErrLost}
+	opts.Tokens = map[string]hsm.Token{DemoRootToken: root, DemoOnlineToken: tokens[DemoOnlineToken]}
+	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, hsm.ErrLost) {
+		t.Fatalf("error %v, want ErrLost", err)
+	}
+	opts.Resume = true
+	root.generate, root.find = nil, hsm.ErrAmbiguous
+	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrStopped) {
+		t.Errorf("two keys with the announced id: %v, want ErrStopped", err)
+	}
+	other := strings.Replace(string(d.Source()), "years: 10", "years: 20", 1)
+	changed, err := ParseDefinition([]byte(other))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Rehearse(context.Background(), changed, opts); !errors.Is(err, ErrDefinition) {
+		t.Errorf("another definition: %v, want ErrDefinition", err)
+	}
+	root.find = nil
+	if _, err := Rehearse(context.Background(), d, opts); err != nil {
+		t.Errorf("resuming on a good token: %v", err)
+	}
+}
+
+func TestRehearseWindow(t *testing.T) {
+	source := strings.Replace(string(demoDefinition(t).Source()), "environment: rehearsal",
+		"environment: rehearsal\nwindow: {not-before: 2026-11-22T09:00:00Z, not-after: 2026-11-22T18:00:00Z}", 1)
+	d, err := ParseDefinition([]byte(source))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name string
+		now  time.Time
+		want error
+	}{
+		{"an hour early", time.Date(2026, 11, 22, 8, 0, 0, 0, time.UTC), ErrWindow},
+		{"a second late", time.Date(2026, 11, 22, 18, 0, 1, 0, time.UTC), ErrWindow},
+		{"the last second", time.Date(2026, 11, 22, 18, 0, 0, 0, time.UTC), nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: func() (time.Time, error) { return tc.now, nil }}
+			if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, tc.want) {
+				t.Errorf("error %v, want %v", err, tc.want)
+			}
+			if _, err := os.Stat(opts.Dir); tc.want != nil && err == nil {
+				t.Error("it made the output folder")
+			}
+		})
+	}
+}
+
+// A disk that fills up stops the ceremony; with more room it is resumed.
+func TestResumeAfterFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=24k"); err != nil {
+		t.Skipf("mount a small tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	d := demoDefinition(t)
+	opts := Options{Tokens: twoTokens(t), Dir: dir, Now: fixedClock}
+	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("error %v, want ENOSPC", err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	opts.Resume = true
+	if _, err := Rehearse(context.Background(), d, opts); err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(dir).Err(); err != nil {
+		t.Error(err)
+	}
+	for name, want := range map[string]int{DemoRootToken: 2, DemoOnlineToken: 4} {
+		if n, err := opts.Tokens[name].Keys(context.Background()); err != nil || n != want {
+			t.Errorf("token %s has %d keys (%v), want %d", name, n, err, want)
+		}
+	}
+}
+
+func TestRehearseCancelled(t *testing.T) {
+	d := demoDefinition(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	opts.Progress = func(e Event) {
+		if e.Step.Kind == StepKey && e.Done {
+			cancel()
+		}
+	}
+	if _, err := Rehearse(ctx, d, opts); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v, want context.Canceled", err)
+	}
+	opts.Resume, opts.Progress = true, nil
+	if _, err := Rehearse(context.Background(), d, opts); err != nil {
+		t.Error(err)
+	}
+}
+
+// repeating is a key whose signatures are all the same.
+type repeating struct {
+	hsm.Key
+	first []byte
+}
+
+func (r *repeating) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if r.first == nil {
+		var err error
+		if r.first, err = r.Key.SignContext(ctx, digest, opts); err != nil {
+			return nil, err
+		}
+	}
+	return r.first, nil
+}
+
+func TestDistinctR(t *testing.T) {
+	key := hsmtest.SoftwareKey(hsm.ECDSAP256)
+	if n, err := distinctR(t.Context(), key, hsm.ECDSAP256); err != nil || n != rSignatures {
+		t.Errorf("a good key: %d, %v", n, err)
+	}
+	if _, err := distinctR(t.Context(), &repeating{Key: key}, hsm.ECDSAP256); !errors.Is(err, hsm.ErrBadSignature) {
+		t.Errorf("a key that repeats its nonce: %v, want ErrBadSignature", err)
 	}
 }
