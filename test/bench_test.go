@@ -1,0 +1,293 @@
+package test
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThalesIgnite/crypto11"
+	v1 "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
+	rekorpb "github.com/sigstore/rekor-tiles/v2/pkg/generated/protobuf"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
+)
+
+// BenchmarkPath measures the whole path in one run and gives ratios. The
+// service is a process of its own, reached over TLS with keep-alive; its CPU
+// time is the operating system's account of that process alone. Hardware
+// signatures are counted by a PKCS#11 module in front of SoftHSM, not by us.
+//
+//	token    raw crypto11 signatures in this process: 1, 8, 16 sessions
+//	issue    POST /api/v2/signingCert: 1, 8, 32 clients
+//	entries  POST /api/v2/log/entries: 1, 32, 128 clients
+//
+// Reported beside ns/op (the wall time of the run per operation): per-s,
+// p50-us, p99-us, cpu-us (of the service, per operation), sigs (hardware
+// signatures per operation), and for issue token% = rate × 3 signatures, of
+// the raw token's rate at 16 sessions. The load generator runs on the same
+// cores: on a machine of two cores it takes a third to a half of them.
+func BenchmarkPath(b *testing.B) {
+	needSoftHSM(b)
+	shim := hsmtest.NewShim(b)
+	var raw float64
+	b.Run("token", func(b *testing.B) { raw = benchToken(b) })
+
+	d := benchDemo(b, shim)
+	b.Run("issue", func(b *testing.B) {
+		body := signingRequest(b, d.token(map[string]any{"exp": time.Now().Add(time.Hour).Unix()}), user)
+		request := func(int64) (string, []byte) { return "/api/v2/signingCert", body }
+		for _, clients := range []int{1, 8, 32} {
+			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+				rate := load{d, shim, clients, http.StatusOK, request}.run(b)
+				if raw > 0 {
+					b.ReportMetric(100*rate*3/raw, "token%")
+				}
+			})
+		}
+	})
+	b.Run("entries", func(b *testing.B) {
+		for _, clients := range []int{1, 32, 128} {
+			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+				entries := makeEntries(b, b.N)
+				request := func(i int64) (string, []byte) { return "/api/v2/log/entries", entries[i] }
+				load{d, shim, clients, http.StatusCreated, request}.run(b)
+			})
+		}
+	})
+	b.Run("memory", func(b *testing.B) {
+		for b.Loop() {
+			b.ReportMetric(float64(d.rss()>>20), "MiB-RSS")
+		}
+	})
+}
+
+// benchToken returns the signatures per second of 16 sessions.
+func benchToken(b *testing.B) (rate float64) {
+	token := hsmtest.NewSoftHSM(b)
+	opened := hsmtest.OpenSoftHSM(b, token)
+	key := hsmtest.NewKey(b, opened, "raw", hsm.ECDSAP256)
+	if err := opened.Close(); err != nil { // the module has one owner at a time
+		b.Fatal(err)
+	}
+	raw, err := crypto11.Configure(&crypto11.Config{
+		Path: token.Module, TokenLabel: token.Label, Pin: string(token.PIN), MaxSessions: 17,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = raw.Close() })
+	pairs, err := raw.FindAllKeyPairs()
+	if err != nil || len(pairs) != 1 || !key.Public().(*ecdsa.PublicKey).Equal(pairs[0].Public()) {
+		b.Fatalf("%d key pairs, %v", len(pairs), err)
+	}
+	digest := make([]byte, 32)
+	for _, sessions := range []int{1, 8, 16} {
+		b.Run(fmt.Sprintf("sessions=%d", sessions), func(b *testing.B) {
+			times := spread(b.N, sessions, func(int64) error {
+				_, err := pairs[0].Sign(rand.Reader, digest, crypto.SHA256)
+				return err
+			}, b.Errorf)
+			rate = report(b, times, b.Elapsed())
+		})
+	}
+	return rate
+}
+
+// benchDemo runs a demo whose token is behind the counting module.
+func benchDemo(b *testing.B, shim *hsmtest.Shim) *demo {
+	b.Helper()
+	dir := filepath.Join(b.TempDir(), "demo")
+	must(b, nil, binary(b, "chancery"), "demo", "--once", "--dir", dir)
+	ring := filepath.Join(dir, "trust", "keys.yaml")
+	raw, err := os.ReadFile(ring)
+	if err != nil {
+		b.Fatal(err)
+	}
+	moved := regexp.MustCompile(`module: .*`).ReplaceAll(raw, []byte("module: "+shim.Module))
+	if err := os.WriteFile(ring, moved, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	shim.Reset()
+	d := startDemo(b, dir)
+	if shim.Signs() == 0 {
+		b.Fatal("the service does not sign through the counting module")
+	}
+	return d
+}
+
+// load is one kind of request from a number of clients.
+type load struct {
+	d       *demo
+	shim    *hsmtest.Shim
+	clients int
+	status  int
+	request func(i int64) (path string, body []byte)
+}
+
+// run makes b.N requests and returns how many were answered in a second.
+func (l load) run(b *testing.B) float64 {
+	b.Helper()
+	// A connection for each client, as separate machines would have.
+	clients := make([]*http.Client, l.clients)
+	for i := range clients {
+		clients[i] = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: l.d.tlsConfig(), ForceAttemptHTTP2: true}}
+		if err := call(clients[i], http.MethodGet, l.d.url+"/healthz", nil, http.StatusOK); err != nil {
+			b.Fatal(err)
+		}
+		defer clients[i].CloseIdleConnections()
+	}
+	var next atomic.Int64
+	free := make(chan *http.Client, l.clients)
+	for _, c := range clients {
+		free <- c
+	}
+	cpu, signs := l.d.cpu(), l.shim.Signs()
+	b.ResetTimer()
+	times := spread(b.N, l.clients, func(int64) error {
+		c := <-free
+		defer func() { free <- c }()
+		path, body := l.request(next.Add(1) - 1)
+		return call(c, http.MethodPost, l.d.url+path, body, l.status)
+	}, b.Errorf)
+	b.StopTimer()
+	b.ReportMetric(float64((l.d.cpu()-cpu).Microseconds())/float64(b.N), "cpu-us")
+	b.ReportMetric(float64(l.shim.Signs()-signs)/float64(b.N), "sigs")
+	return report(b, times, b.Elapsed())
+}
+
+func call(c *http.Client, method, url string, body []byte, status int) error {
+	req, err := http.NewRequest(method, url, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != status {
+		return fmt.Errorf("%s: status %d: %.200s", url, resp.StatusCode, answer)
+	}
+	return nil
+}
+
+// spread does n operations in workers goroutines and returns how long each took.
+func spread(n, workers int, do func(i int64) error, fail func(string, ...any)) []time.Duration {
+	times := make([]time.Duration, n)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for {
+				i := next.Add(1) - 1
+				if i >= int64(n) {
+					return
+				}
+				began := time.Now()
+				if err := do(i); err != nil {
+					fail("operation %d: %v", i, err)
+					return
+				}
+				times[i] = time.Since(began)
+			}
+		})
+	}
+	wg.Wait()
+	return times
+}
+
+// report gives rate and latencies and returns the rate per second.
+func report(b *testing.B, times []time.Duration, took time.Duration) float64 {
+	slices.Sort(times)
+	rate := float64(len(times)) / took.Seconds()
+	b.ReportMetric(rate, "per-s")
+	b.ReportMetric(float64(times[len(times)/2].Microseconds()), "p50-us")
+	b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-us")
+	return rate
+}
+
+// makeEntries makes n distinct, valid log entries, as cosign sends them.
+func makeEntries(b *testing.B, n int) [][]byte {
+	b.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		b.Fatal(err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		b.Fatal(err)
+	}
+	entries := make([][]byte, n)
+	for i := range entries {
+		digest := sha256.Sum256([]byte(strconv.Itoa(i)))
+		sig, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
+		if err != nil {
+			b.Fatal(err)
+		}
+		entries[i], err = protojson.Marshal(&rekorpb.CreateEntryRequest{Spec: &rekorpb.CreateEntryRequest_HashedRekordRequestV002{
+			HashedRekordRequestV002: &rekorpb.HashedRekordRequestV002{Digest: digest[:], Signature: &rekorpb.Signature{
+				Content: sig, Verifier: &rekorpb.Verifier{KeyDetails: v1.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256,
+					Verifier: &rekorpb.Verifier_PublicKey{PublicKey: &rekorpb.PublicKey{RawBytes: spki}}},
+			}},
+		}})
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	return entries
+}
+
+// cpu is the processor time that the demo's process has used, from
+// /proc/PID/stat in ticks of 10 ms (proc(5)).
+func (d *demo) cpu() time.Duration {
+	d.t.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.cmd.Process.Pid))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	user, err1 := strconv.Atoi(fields[11])
+	system, err2 := strconv.Atoi(fields[12])
+	if err1 != nil || err2 != nil {
+		d.t.Fatalf("read CPU time of the demo: %v, %v", err1, err2)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// rss is the demo's resident memory in octets, from /proc/PID/statm.
+func (d *demo) rss() int {
+	d.t.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", d.cmd.Process.Pid))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.Fields(string(raw))[1])
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return pages * os.Getpagesize()
+}
