@@ -95,7 +95,11 @@ func (t *logTree) backup(ctx context.Context, path string) (err error) {
 		return err
 	}
 	for i, e := range tp.edges {
-		if err := t.copyRows(ctx, c, "runs", "id", inRuns, runID(i-1, 0), runID(i-1, e.count/runHashes)); err != nil {
+		first := uint64(0)
+		if i-1 == identities {
+			first = min(tp.distinct, e.count/runHashes)
+		}
+		if err := t.copyRows(ctx, c, "runs", "id", inRuns, runID(i-1, first), runID(i-1, e.count/runHashes)); err != nil {
 			return err
 		}
 	}

@@ -40,7 +40,7 @@ func openConn(path, mode string, pragmas ...string) (*conn, error) {
 	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "mode=" + mode + "&_mutex=no"}).String()
 	db, err := sqliteDriver.Open(dsn)
 	if err != nil {
-		return nil, fmt.Errorf("open database: %w", err)
+		return nil, fmt.Errorf("open database: %w", sqlError(err))
 	}
 	c := &conn{db: db.(*sqlite3.SQLiteConn), stmts: make(map[string]*sqlite3.SQLiteStmt)}
 	pragmas = append([]string{
