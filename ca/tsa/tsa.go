@@ -22,10 +22,11 @@
 //
 // The response is encoded here and not by github.com/digitorus/timestamp
 // (v0.0.0-20231217203849): that library writes a signingTime from the system's
-// clock instead of ours, hashes the certificate with whatever algorithm the
-// request used, echoes the request's AlgorithmIdentifier only in part, and
-// cannot hand a context to the token. The tests read every response with it,
-// with openssl and with sigstore's verifiers.
+// clock instead of ours, an empty certificates field where RFC 3161, 2.4.1
+// forbids one, parameters into the messageImprint that the request did not
+// have, and cannot hand a context to the token. For the rest, the tests show
+// that the octets are the library's, and read every response with it, with
+// openssl and with sigstore's verifiers.
 package tsa
 
 import (

@@ -252,6 +252,67 @@ func TestSigstoreVerifiers(t *testing.T) {
 	}
 }
 
+// TestLibraryBytes: given the library's serial number, signing time and
+// signature, our encoding of the whole response is the library's, octet by
+// octet: it is the form that every sigstore client is tried with upstream.
+// There is one difference. Without a certificate the library writes an empty
+// certificates field, where RFC 3161, 2.4.1 says that it MUST not be present.
+func TestLibraryBytes(t *testing.T) {
+	for _, alg := range []hsm.Algorithm{hsm.ECDSAP256, hsm.ECDSAP384} {
+		for _, withCert := range []bool{false, true} {
+			f := newFixture(t, hsmtest.SoftwareKey(alg))
+			req := requestFor(crypto.SHA256)
+			req.Nonce, req.Certificates = big.NewInt(1<<62), withCert
+			theirs := timestamp.Timestamp{
+				HashAlgorithm: req.Hash, HashedMessage: req.Digest, Time: testStart.Add(time.Hour), Accuracy: time.Second,
+				Policy: ownPolicy, Nonce: req.Nonce, AddTSACertificate: withCert,
+			}
+			want, err := theirs.CreateResponseWithOpts(f.chain[0], f.key, alg.Hash())
+			if err != nil {
+				t.Fatal(err)
+			}
+			parsed, err := timestamp.ParseResponse(want)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p7, err := pkcs7.Parse(parsed.RawToken)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var when time.Time
+			if err := p7.UnmarshalSignedAttribute(oidSigningTime, &when); err != nil {
+				t.Fatal(err)
+			}
+			info, err := f.encoder.tstInfo(req, ownPolicy, parsed.SerialNumber, testStart.Add(time.Hour))
+			if err != nil {
+				t.Fatal(err)
+			}
+			attributes, err := f.encoder.attributes(info, when.UTC())
+			if err != nil {
+				t.Fatal(err)
+			}
+			ours, err := f.encoder.response(info, attributes, p7.Signers[0].EncryptedDigest, withCert)
+			if err != nil {
+				t.Fatal(err)
+			}
+			like := *f.encoder
+			if !withCert {
+				like.certificate = nil // an empty field
+				if len(ours) != len(want)-2 || bytes.Contains(ours, []byte{0xa0, 0, 0x31, 0x82}) {
+					t.Error("a certificates field although none was asked for")
+				}
+			}
+			got, err := like.response(info, attributes, p7.Signers[0].EncryptedDigest, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Errorf("%s, certificate %t:\n got %x\nwant %x", alg, withCert, got, want)
+			}
+		}
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	key := hsmtest.SoftwareKey(hsm.ECDSAP256)
 	good := chainFor(t, key)
