@@ -23,7 +23,7 @@ import (
 const (
 	// DefaultSignTimeout bounds one signature: an outage of the token is an
 	// answer after this time.
-	DefaultSignTimeout = 2 * time.Second
+	DefaultSignTimeout = 1500 * time.Millisecond
 	// DefaultMaxBackoff bounds the pause after a failure, and so the time that
 	// a recovered token stays unnoticed.
 	DefaultMaxBackoff = 2 * time.Second
@@ -34,6 +34,11 @@ const (
 	ClockTolerance = 2 * time.Second
 
 	firstBackoff = 50 * time.Millisecond
+	// outageAfter is when failures are an outage: from then on callers are
+	// answered at once, not after the next attempt.
+	outageAfter = time.Second
+	// closeGrace is how long Close waits, after its context, for the disk.
+	closeGrace = 2 * time.Second
 )
 
 // Config says what a Publisher signs and when.
@@ -99,6 +104,7 @@ type Publisher struct {
 	mu      sync.Mutex
 	closed  bool
 	err     error
+	since   time.Time // when err was first set
 	waiters map[*waiter]struct{}
 
 	// These belong to run (and to Open before it).
@@ -307,6 +313,8 @@ func (p *Publisher) enter(w *waiter) error {
 		return ErrClosed
 	case errors.Is(p.err, ErrFork):
 		return p.err
+	case p.err != nil && time.Since(p.since) > outageAfter:
+		return p.err
 	case len(p.waiters) >= p.cfg.MaxWaiters:
 		return fmt.Errorf("%d callers wait for a head: %w", len(p.waiters), ErrUnavailable)
 	}
@@ -324,7 +332,8 @@ func (p *Publisher) wake() {
 
 // Close signs once more if somebody waits or MinInterval > 0 and the tree has
 // changed, and releases the anchor. Callers still waiting get ErrClosed. When
-// ctx ends the signature under way is given up. Closing twice is harmless.
+// ctx ends the signature under way is given up; an anchor that hangs in spite of
+// it is left open, with an error. Closing twice is harmless.
 func (p *Publisher) Close(ctx context.Context) error {
 	p.mu.Lock()
 	p.closed = true
@@ -332,7 +341,17 @@ func (p *Publisher) Close(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, p.cancel)
 	defer stop()
 	p.wake()
-	<-p.stopped
+	select {
+	case <-p.stopped:
+	case <-ctx.Done():
+		grace := time.NewTimer(closeGrace)
+		defer grace.Stop()
+		select {
+		case <-p.stopped:
+		case <-grace.C:
+			return fmt.Errorf("close publisher: anchor hangs: %w", context.Cause(ctx))
+		}
+	}
 	p.cancel()
 	return p.anchor.Close()
 }
@@ -406,7 +425,7 @@ func (p *Publisher) due(root tree.Root, closing bool) (wait time.Duration, ever 
 	return 0, false
 }
 
-// attempt signs root and tells the callers that wait for no more than it.
+// attempt signs root and tells the callers that it concerns.
 func (p *Publisher) attempt(root tree.Root) bool {
 	next, err := p.sign(p.ctx, root)
 	if err == nil {
@@ -417,6 +436,9 @@ func (p *Publisher) attempt(root tree.Root) bool {
 	p.failed, p.retry = true, time.Now().Add(p.backoff)
 	p.backoff = min(2*p.backoff, p.cfg.MaxBackoff)
 	p.mu.Lock()
+	if p.err == nil {
+		p.since = time.Now()
+	}
 	p.err = err
 	p.mu.Unlock()
 	if errors.Is(err, ErrFork) {
@@ -425,7 +447,8 @@ func (p *Publisher) attempt(root tree.Root) bool {
 		return false
 	}
 	p.cfg.Logger.Error("tree head not signed", "size", root.Size, "error", err)
-	p.answer(root.Size, outcome{err: err})
+	// Those whose leaves came during the attempt would fare no better.
+	p.answer(max(root.Size, p.cfg.Tree.Root().Size), outcome{err: err})
 	return false
 }
 

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
@@ -185,6 +186,17 @@ func (f *fixture) await(size uint64) Signed {
 		f.t.Fatalf("head has %d leaves, want %d", s.Size, size)
 	}
 	return s
+}
+
+// recovers waits until heads are signed again, which needs no caller.
+func (f *fixture) recovers() {
+	f.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); f.heads.Err() != nil; {
+		if time.Now().After(deadline) {
+			f.t.Fatal("no recovery")
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // verify checks a head's signature and root with nothing of ours but tiles.
@@ -544,13 +556,7 @@ func TestBadSigners(t *testing.T) {
 			if tc.name == "hangs" {
 				close(release)
 			}
-			for f.heads.Err() != nil { // it recovers without a caller
-				select {
-				case <-t.Context().Done():
-					t.Fatal("no recovery")
-				case <-time.After(time.Millisecond):
-				}
-			}
+			f.recovers()
 			f.consistent(first, f.await(4))
 		})
 	}
@@ -594,14 +600,8 @@ func TestAnchorFails(t *testing.T) {
 			}
 			a.fail.Store(false)
 			f.add(1)
-			var second Signed
-			for range 10 {
-				var err error
-				if second, err = f.heads.Await(t.Context(), 4); err == nil {
-					break
-				}
-			}
-			f.verify(second)
+			f.recovers()
+			second := f.await(4)
 			f.consistent(first, second)
 			f.close()
 			f.openTree()
@@ -633,20 +633,14 @@ func TestClock(t *testing.T) {
 	} {
 		f.clock.set(step.off, step.err)
 		f.add(1)
-		s, err := f.heads.Await(t.Context(), uint64(i+2))
 		if !step.ok {
-			if !errors.Is(err, ErrUnavailable) {
+			if _, err := f.heads.Await(t.Context(), uint64(i+2)); !errors.Is(err, ErrUnavailable) {
 				t.Fatalf("%s: error %v, want ErrUnavailable", step.name, err)
 			}
 			continue
 		}
-		for n := 0; err != nil && n < 10; n++ { // an attempt under way may have seen the clock before
-			s, err = f.heads.Await(t.Context(), uint64(i+2))
-		}
-		if err != nil {
-			t.Fatalf("%s: %v", step.name, err)
-		}
-		f.verify(s)
+		f.recovers()
+		s := f.await(uint64(i + 2))
 		f.consistent(last, s)
 		last = s
 	}
@@ -719,6 +713,39 @@ func TestClose(t *testing.T) {
 	if err := f.heads.Close(t.Context()); err != nil {
 		t.Errorf("second close: %v", err)
 	}
+}
+
+// TestOutage: after a second of failures callers are told at once.
+func TestOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t)
+		key := &hsmtest.Failing{Key: f.key}
+		f.open(func(c *Config) { c.Key, c.MaxBackoff = key, 0 })
+		key.Fail(hsm.ErrLost)
+		f.add(1)
+		start := time.Now()
+		if _, err := f.heads.Await(t.Context(), 1); !errors.Is(err, hsm.ErrLost) || time.Since(start) != 0 {
+			t.Errorf("first caller: error %v after %v", err, time.Since(start))
+		}
+		time.Sleep(3 * time.Second)
+		before := f.heads.Stats()
+		for range 100 {
+			start := time.Now()
+			if _, err := f.heads.Await(t.Context(), 1); !errors.Is(err, ErrUnavailable) || time.Since(start) != 0 {
+				t.Fatalf("caller in an outage: error %v after %v", err, time.Since(start))
+			}
+		}
+		if after := f.heads.Stats(); after.Signatures != before.Signatures {
+			t.Errorf("%d attempts for 100 callers", after.Signatures-before.Signatures)
+		}
+		key.Fail(nil)
+		time.Sleep(DefaultMaxBackoff)
+		if err := f.heads.Err(); err != nil {
+			t.Errorf("not recovered: %v", err)
+		}
+		f.await(1)
+		f.close()
+	})
 }
 
 // TestIntervals: a tree for which nobody waits is signed at most once in

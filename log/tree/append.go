@@ -172,10 +172,13 @@ func (t *logTree) wake() {
 	}
 }
 
-// finish takes p out of waiting and tells its callers.
+// finish takes p out of waiting and tells its callers, once.
 func (t *logTree) finish(p *pending, entry Entry, existed bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.waiting[p.id] != p {
+		return
+	}
 	delete(t.waiting, p.id)
 	t.bytes -= len(p.leaf.Value) + len(p.leaf.Extra)
 	p.result.entry, p.result.existed, p.result.err = entry, existed, err

@@ -16,15 +16,9 @@ import (
 // step puts work into the storage's queue and integrates that queue. Callers
 // whose leaves did not become durable have been told when it returns an error.
 func (t *logTree) step(work []*pending) error {
-	if err := t.enqueue(work); err != nil {
-		for _, p := range work {
-			t.finish(p, Entry{}, false, err)
-			delete(t.stored, p.id)
-		}
-		return err
-	}
-	if len(t.stored) == 0 {
-		return nil
+	queueErr := t.enqueue(work)
+	if len(t.stored) == 0 || errors.Is(queueErr, ErrCorrupt) {
+		return queueErr
 	}
 	b, err := t.attempt()
 	if err != nil {
@@ -34,16 +28,36 @@ func (t *logTree) step(work []*pending) error {
 		return err
 	}
 	t.publish(b)
-	return nil
+	return queueErr
 }
 
 // enqueue hands leaves to the storage and answers those that are in the tree
-// already. One call for the whole batch costs one identity look-up transaction
-// where Trillian's QueueLeaf would cost one for each leaf.
+// already and those that the storage refused. One call for the whole batch
+// takes the queue's lock and, where identities may exist, a read transaction
+// once, and the hash computed at admission serves; Trillian's QueueLeaf would
+// do each of these for every leaf, and read the tree's configuration.
 func (t *logTree) enqueue(work []*pending) error {
 	if len(work) == 0 {
 		return nil
 	}
+	queued, err := t.offer(work)
+	if err != nil {
+		for _, p := range work {
+			t.finish(p, Entry{}, false, err)
+		}
+		return err
+	}
+	for i, p := range work {
+		if e := t.queued(p, queued[i]); e != nil {
+			t.finish(p, Entry{}, false, e)
+			err = e
+		}
+	}
+	return err
+}
+
+// offer calls QueueLeaves. The storage gets its own structs: it keeps them.
+func (t *logTree) offer(work []*pending) ([]*trillian.QueuedLogLeaf, error) {
 	leaves := make([]*trillian.LogLeaf, len(work))
 	for i, p := range work {
 		leaves[i] = &trillian.LogLeaf{
@@ -55,17 +69,12 @@ func (t *logTree) enqueue(work []*pending) error {
 	}
 	queued, err := t.backend.Log.QueueLeaves(t.ctx, t.meta, leaves, t.clock.Now())
 	if err != nil {
-		return fmt.Errorf("queue leaves: %w: %w", err, ErrStorage)
+		return nil, fmt.Errorf("queue leaves: %w: %w", err, ErrStorage)
 	}
 	if len(queued) != len(work) {
-		return fmt.Errorf("queue leaves: %d results for %d: %w", len(queued), len(work), ErrStorage)
+		return nil, fmt.Errorf("queue leaves: %d results for %d: %w", len(queued), len(work), ErrStorage)
 	}
-	for i, p := range work {
-		if err := t.queued(p, queued[i]); err != nil {
-			return err
-		}
-	}
-	return nil
+	return queued, nil
 }
 
 // queued looks at the storage's answer for one leaf.

@@ -293,7 +293,8 @@ func parseRoot(slr *trillian.SignedLogRoot) (Root, error) {
 
 // Close stops accepting leaves, integrates those that are accepted, and
 // closes the storage. When ctx ends first, or the storage refuses a batch,
-// the leaves still waiting fail with ErrClosed. Closing twice is harmless.
+// the leaves still waiting fail with ErrClosed. A storage that hangs in spite of
+// it is left open, with an error. Closing twice is harmless.
 func (e *Engine) Close(ctx context.Context) error {
 	e.mu.Lock()
 	if e.closed {
@@ -308,8 +309,10 @@ func (e *Engine) Close(ctx context.Context) error {
 	for _, t := range e.trees {
 		t.drain()
 	}
-	for _, t := range e.trees {
-		<-t.stopped
+	for name, t := range e.trees {
+		if !stopped(ctx, t.stopped) {
+			return fmt.Errorf("close log %s: storage hangs: %w", name, context.Cause(ctx))
+		}
 		t.readers.Wait()
 	}
 	e.cancel()
@@ -320,4 +323,24 @@ func (e *Engine) Close(ctx context.Context) error {
 		return fmt.Errorf("close log storage: %w", err)
 	}
 	return nil
+}
+
+// closeGrace is how long Close waits, after its context, for a storage to obey.
+const closeGrace = 2 * time.Second
+
+// stopped waits for c to be closed, until closeGrace after the end of ctx.
+func stopped(ctx context.Context, c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	case <-ctx.Done():
+	}
+	grace := time.NewTimer(closeGrace)
+	defer grace.Stop()
+	select {
+	case <-c:
+		return true
+	case <-grace.C:
+		return false
+	}
 }

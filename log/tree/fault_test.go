@@ -21,6 +21,8 @@ type faultyStorage struct {
 	// Each of these, if not nil, is called where its name says; an error is
 	// the storage's answer.
 	onQueue, beforeBatch, inBatch, afterBatch func() error
+	// answer changes the storage's answers to QueueLeaves.
+	answer func([]*trillian.QueuedLogLeaf)
 	// mutate changes the leaves that are dequeued.
 	mutate func([]*trillian.LogLeaf)
 	// flip changes the octets of tiles that are read.
@@ -68,7 +70,13 @@ func (s *faultyStorage) QueueLeaves(ctx context.Context, tree *trillian.Tree, le
 		return nil, err
 	}
 	s.set(func() { s.queues++ })
-	return s.LogStorage.QueueLeaves(ctx, tree, leaves, at)
+	out, err := s.LogStorage.QueueLeaves(ctx, tree, leaves, at)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil && s.answer != nil {
+		s.answer(out)
+	}
+	return out, err
 }
 
 func (s *faultyStorage) ReadWriteTransaction(ctx context.Context, tree *trillian.Tree, f storage.LogTXFunc) error {

@@ -19,6 +19,8 @@ import (
 	"github.com/transparency-dev/merkle/proof"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"go.uber.org/goleak"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -535,6 +537,60 @@ func TestStorageFaults(t *testing.T) {
 			root := tr.Root()
 			checkInclusion(t, tr, 4, root.Size, e.LeafHash, root.Hash)
 		})
+	}
+}
+
+// TestMixedAnswers: in one batch the storage has some leaves, takes some and
+// refuses one. Each caller gets its own answer.
+func TestMixedAnswers(t *testing.T) {
+	s := newFaultyStorage(t)
+	_, tr := openTree(t, s)
+	fill(t, tr, 0, 3)
+	gate := make(chan struct{})
+	s.set(func() { s.gate = gate })
+	var wg sync.WaitGroup
+	wg.Go(func() { // holds the integrator, so that the rest is one batch
+		if _, _, err := tr.Append(t.Context(), leafN(3)); err != nil {
+			t.Error(err)
+		}
+	})
+	lt := tr.(*logTree)
+	waitFor(t, lt, func() bool { return len(lt.waiting) == 1 && len(lt.queue) == 0 })
+	refused := leafN(5)
+	id := LeafHash(refused.Value)
+	s.set(func() {
+		s.answer = func(out []*trillian.QueuedLogLeaf) {
+			for _, q := range out {
+				if string(q.Leaf.LeafIdentityHash) == string(id[:]) {
+					q.Status = &status.Status{Code: int32(codes.Internal)}
+				}
+			}
+		}
+	})
+	for n, want := range map[int]struct {
+		existed bool
+		err     error
+	}{0: {true, nil}, 1: {true, nil}, 4: {false, nil}, 5: {false, ErrStorage}, 6: {false, nil}} {
+		wg.Go(func() {
+			e, existed, err := tr.Append(t.Context(), leafN(n))
+			if existed != want.existed || !errors.Is(err, want.err) {
+				t.Errorf("leaf %d: existed %v: %v; want %v, %v", n, existed, err, want.existed, want.err)
+			}
+			if err == nil && e.LeafHash != LeafHash(leafN(n).Value) {
+				t.Errorf("leaf %d: another entry", n)
+			}
+		})
+	}
+	waitFor(t, lt, func() bool { return len(lt.queue) == 5 })
+	s.set(func() { s.gate = nil })
+	close(gate)
+	wg.Wait()
+	s.set(func() { s.answer = nil })
+	if _, _, err := tr.Append(t.Context(), refused); err != nil {
+		t.Errorf("the refused leaf again: %v", err)
+	}
+	if got := tr.Root().Size; got != 7 {
+		t.Errorf("size %d, want 7", got)
 	}
 }
 
