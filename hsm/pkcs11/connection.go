@@ -107,7 +107,8 @@ func (c *connection) begin(m *module, u uri) error {
 	return nil
 }
 
-// disconnect ends t's connection if it has one. The caller holds lock and gate.
+// disconnect ends t's connection if it has one. The caller holds lock and
+// t.gate.
 func (m *module) disconnect(t *Token) {
 	if t.conn != nil {
 		m.release(t.conn)

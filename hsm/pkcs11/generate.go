@@ -35,16 +35,9 @@ func (t *Token) Generate(ctx context.Context, spec hsm.Spec) (hsm.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generate %s in %s: %w", spec.Label, t.uri, err)
 	}
-	ref, err := made.ref(t.uri)
-	if err != nil {
-		return nil, err
-	}
-	k, err := t.adopt(ref, made)
-	if err != nil {
-		return nil, err
-	}
+	k := t.adopt(made.ref(t.uri), made)
 	if _, err := selfTest(ctx, k, time.Now()); err != nil {
-		return nil, fmt.Errorf("self-test of %s, which stays in the token: %w", ref, err)
+		return nil, fmt.Errorf("self-test of %s, which stays in the token: %w", k.Ref(), err)
 	}
 	return k, nil
 }

@@ -39,10 +39,6 @@ type module struct {
 	shared *pkcs11.Ctx         // under lock: crypto11's own handle while live > 0, else nil
 	tokens map[*Token]struct{} // under lock: what is open
 
-	// gate is held for reading during each C call on behalf of a caller, and
-	// for writing while connections are replaced.
-	gate sync.RWMutex
-
 	recovery recovery
 }
 

@@ -28,8 +28,8 @@ type pair struct {
 }
 
 // ref gives the pair its name in the token that u names.
-func (p *pair) ref(u uri) (hsm.Ref, error) {
-	return hsm.Ref{URI: u.key(p.label, p.id).String(), SPKI: p.spki}, nil
+func (p *pair) ref(u uri) hsm.Ref {
+	return hsm.Ref{URI: u.key(p.label, p.id).String(), SPKI: p.spki}
 }
 
 // maxObjects bounds a search: a token that lists more is not one of ours.

@@ -21,7 +21,7 @@ const (
 	retryWait = 2 * time.Second
 	// firstPause and lastPause bound the doubling pause between attempts.
 	firstPause = 50 * time.Millisecond
-	lastPause  = 2 * time.Second
+	lastPause  = time.Second
 )
 
 // recovery is the state of a module's supervisor. At most one attempt runs.
@@ -61,7 +61,8 @@ func (r *recovery) forget() {
 }
 
 // lose reports that t's connection is lost. The first report starts the
-// supervisor, which logs to t's logger; later ones change nothing. The caller holds gate for reading.
+// supervisor, which logs to t's logger; later ones change nothing. The caller
+// holds t.gate for reading.
 func (m *module) lose(t *Token, err error) {
 	r := &m.recovery
 	r.mu.Lock()
@@ -135,8 +136,10 @@ func (m *module) finish(fatal error) {
 func (m *module) reopen() error {
 	m.lock <- struct{}{}
 	defer func() { <-m.lock }()
-	m.gate.Lock() // waits for running calls; new ones get errRecovering
-	defer m.gate.Unlock()
+	for t := range m.tokens {
+		t.gate.Lock() // waits for running calls; new ones get errRecovering
+		defer t.gate.Unlock()
+	}
 	m.disconnectAll()
 	for t := range m.tokens {
 		if err := t.reconnect(); err != nil {
@@ -155,7 +158,7 @@ func (m *module) disconnectAll() {
 
 // reconnect logs in again and looks for every key. A key that is not there as
 // it was costs nobody else anything: its next use looks again and says why. The
-// caller holds lock and gate.
+// caller holds lock and t.gate.
 func (t *Token) reconnect() error {
 	conn, err := t.module.connect(t)
 	if err != nil {

@@ -101,9 +101,10 @@ type Token struct {
 	log    *slog.Logger
 	queue  *queue
 
-	// conn is the living connection, nil while there is none. Written under
-	// module.gate held for writing, read under it held for reading.
-	conn *connection
+	// gate is held for reading during each call's visit to the token, and for
+	// writing while conn is replaced, under module.lock.
+	gate sync.RWMutex
+	conn *connection // the living connection, nil while there is none
 
 	mu   sync.Mutex
 	info hsm.TokenInfo // under mu: as of the last connection
@@ -158,12 +159,12 @@ func (m *module) attach(t *Token) error {
 	return nil
 }
 
-// detach ends t's connection once no call of the module runs. The caller holds
-// lock. It blocks as long as a C call does.
+// detach ends t's connection once no call of t runs; other tokens go on. The
+// caller holds lock. It blocks as long as a C call does.
 func (m *module) detach(t *Token) {
 	t.queue.close()
-	m.gate.Lock()
-	defer m.gate.Unlock()
+	t.gate.Lock()
+	defer t.gate.Unlock()
 	m.disconnect(t)
 	delete(m.tokens, t)
 	if len(m.tokens) == 0 {
@@ -212,17 +213,16 @@ func (t *Token) do(ctx context.Context, again bool, f func(*connection) error) e
 // once is one run of f on a worker.
 func (t *Token) once(ctx context.Context, f func(*connection) error) error {
 	return t.queue.do(ctx, func() error {
-		m := t.module
-		if !m.gate.TryRLock() {
+		if !t.gate.TryRLock() {
 			return errRecovering
 		}
-		defer m.gate.RUnlock()
+		defer t.gate.RUnlock()
 		if t.conn == nil {
-			return m.recovery.why()
+			return t.module.recovery.why()
 		}
 		err := classify(f(t.conn))
 		if temporary(err) {
-			m.lose(t, err)
+			t.module.lose(t, err)
 		}
 		return err
 	})
@@ -279,7 +279,7 @@ func (t *Token) Open(ctx context.Context, ref hsm.Ref) (hsm.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open key %s: %w", ref, err)
 	}
-	return t.adopt(ref, pair)
+	return t.adopt(ref, pair), nil
 }
 
 // Find opens the key pair with this CKA_ID. See hsm.Token.
@@ -291,11 +291,7 @@ func (t *Token) Find(ctx context.Context, id []byte) (hsm.Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find key with id %x in %s: %w", id, t.uri, err)
 	}
-	ref, err := pair.ref(t.uri)
-	if err != nil {
-		return nil, err
-	}
-	return t.adopt(ref, pair)
+	return t.adopt(pair.ref(t.uri), pair), nil
 }
 
 // resolve looks for a pair on the living connection.
@@ -308,12 +304,18 @@ func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte) (*pair, erro
 	return found, err
 }
 
-// adopt makes a Key of a resolved pair and remembers it for recovery.
-func (t *Token) adopt(ref hsm.Ref, p *pair) (hsm.Key, error) {
-	k := &key{token: t, ref: ref, pub: p.pub, id: p.id, label: p.label}
-	k.pair.Store(p)
+// adopt makes a Key of a resolved pair and remembers it for recovery. The same
+// Ref gives the same Key.
+func (t *Token) adopt(ref hsm.Ref, p *pair) hsm.Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	for _, k := range t.keys {
+		if k.ref == ref {
+			return k
+		}
+	}
+	k := &key{token: t, ref: ref, pub: p.pub, id: p.id, label: p.label}
+	k.pair.Store(p)
 	t.keys = append(t.keys, k)
-	return k, nil
+	return k
 }

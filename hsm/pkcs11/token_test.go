@@ -326,7 +326,7 @@ func TestLoseUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	for i := range 8 {
+	for i := range 5 {
 		signs := f.shim.Signs()
 		code := []uint{p11.CKR_SESSION_HANDLE_INVALID, p11.CKR_DEVICE_REMOVED}[i%2]
 		f.shim.Fail(hsmtest.SignInit, code, 1+i)
@@ -538,6 +538,38 @@ func TestWedged(t *testing.T) {
 	if got := f.shim.Peak(); got != 2 {
 		t.Errorf("%d calls at once, want 2", got)
 	}
+}
+
+// TestCloseOther: opening and closing one token does not disturb another.
+func TestCloseOther(t *testing.T) {
+	f := setUp(t, pkcs11.Config{})
+	other := f.shim.NewToken(t)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := f.sign(t.Context()); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for range 5 {
+		opened, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: other.Module, URI: other.URI, PIN: other.PIN})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := opened.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	wg.Wait()
 }
 
 // TestInitToken: a label that exists is refused, and tokens are made while
