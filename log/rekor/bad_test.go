@@ -10,7 +10,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/big"
@@ -520,37 +519,4 @@ func TestRefusedReads(t *testing.T) {
 	if resp, _ := f.get(t, "/api/v2/tile/0/000.p/3"); resp.StatusCode != 200 {
 		t.Errorf("the tile that is there: %d", resp.StatusCode)
 	}
-}
-
-// FuzzEntry posts arbitrary bodies to a log that stores what verifies.
-func FuzzEntry(f *testing.F) {
-	fx := newFixture(f)
-	s := p256(f)
-	hr := s.request(f, "artefact")
-	f.Add(body(f, hr))
-	f.Add(body(f, certified(s.request(f, "other"), s.certificate(f, nil, s))))
-	raw, err := protojson.Marshal(envelopeRequest("text", []byte("x"), s.sign(f, s.digest([]byte("DSSEv1 4 text 1 x"))), hr.Signature.Verifier))
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(raw)
-	f.Add([]byte(`{"hashedRekordRequestV002":{"digest":"` + base64.StdEncoding.EncodeToString(hr.Digest) + `"}}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		resp, answer := fx.post(t, b)
-		switch resp.StatusCode {
-		case 201:
-			tle := fx.created(t, resp, answer)
-			var req pb.CreateEntryRequest
-			if err := protojson.Unmarshal(b, &req); err != nil {
-				t.Fatal(err)
-			}
-			if hr := req.GetHashedRekordRequestV002(); hr != nil && !bytes.Equal(canonical(t, hr), tle.GetCanonicalizedBody()) {
-				t.Errorf("leaf %s", tle.GetCanonicalizedBody())
-			}
-		case 400, 409, 413:
-			parseStatus(t, answer)
-		default:
-			t.Errorf("%d %s", resp.StatusCode, answer)
-		}
-	})
 }
