@@ -72,8 +72,11 @@ func newRoot() *cobra.Command {
 			"private key lives in a PKCS#11 HSM or a TPM 2.0. Start with: chancery demo",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args:          cobra.ArbitraryArgs, // cobra's own complaint is no usage error
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return &usageError{fmt.Errorf("unknown command %q", args[0]), cmd.CommandPath()}
+			}
 			return cmd.Help()
 		},
 	}

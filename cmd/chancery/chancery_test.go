@@ -1,0 +1,83 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"chancery": main})
+}
+
+// TestScripts runs the command lines in testdata as a person would. Beside
+// testscript's own commands there is `exits STATUS PROGRAM …`.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			example, err := os.ReadFile("../../config/example/chancery.yaml")
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(env.Getenv("WORK")+"/example.yaml", example, 0o600)
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits},
+	})
+}
+
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM [ARG …]")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if got != want {
+		ts.Fatalf("exit status %d, want %d", got, want)
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	tests := []struct {
+		err  error
+		want int
+	}{
+		{errors.New("disk full"), exitFailed},
+		{&usageError{errors.New("no FILE"), "chancery sign"}, exitUsage},
+		{fmt.Errorf("open token: %w", hsm.ErrPIN), exitRefused},
+		{hint(fmt.Errorf("open key: %w", hsm.ErrMismatch), "look"), exitRefused},
+		{fmt.Errorf("open key: %w", hsm.ErrPolicy), exitRefused},
+		{fmt.Errorf("sign: %w", hsm.ErrBusy), exitFailed},
+		{errors.Join(fmt.Errorf("open token: %w", hsm.ErrPIN), errors.New("close")), exitRefused},
+	}
+	for _, test := range tests {
+		if got := exitStatus(test.err); got != test.want {
+			t.Errorf("exit status of %q is %d, want %d", test.err, got, test.want)
+		}
+	}
+}
+
+func TestQuote(t *testing.T) {
+	for path, want := range map[string]string{
+		"/tmp/demo": "/tmp/demo", "/tmp/my demo": "'/tmp/my demo'", "/tmp/it's": `'/tmp/it'\''s'`, "/tmp/$(x)": "'/tmp/$(x)'",
+	} {
+		if got := quote(path); got != want {
+			t.Errorf("quote(%q) = %s, want %s", path, got, want)
+		}
+	}
+}
