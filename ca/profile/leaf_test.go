@@ -609,11 +609,7 @@ func TestSCTs(t *testing.T) {
 		{"signature is no DER", edit(func(b []byte) { b[47] = 0x31 }), false, false},
 		{"another timestamp", edit(func(b []byte) { b[40] ^= 1 }), true, false},
 		{"another log's", otherLog.sct(t, issuer.KeyHash(), l.LogTBS(), nil), true, false},
-		{"another log's under this log's ID", edit(func(b []byte) {
-			theirs := otherLog.sct(t, issuer.KeyHash(), l.LogTBS(), nil)
-			copy(b, theirs[:min(len(b), len(theirs))])
-			copy(b[1:33], good[1:33])
-		}), true, false},
+		{"another log's under this log's ID", underID(otherLog.sct(t, issuer.KeyHash(), l.LogTBS(), nil), good), true, false},
 		{"of another leaf", log.sct(t, issuer.KeyHash(), other.LogTBS(), nil), true, false},
 		{"of another issuer", log.sct(t, [32]byte{1}, l.LogTBS(), nil), true, false},
 		{"over the precertificate with its poison", log.sct(t, issuer.KeyHash(), l.precert, nil), true, false},
@@ -623,9 +619,6 @@ func TestSCTs(t *testing.T) {
 			before := h.interKey.signatures.Load()
 			final, err := l.SignFinal(t.Context(), h.interKey, test.sct)
 			formOK := err == nil
-			if test.name == "another log's under this log's ID" && !formOK {
-				t.Skip("the two signatures have different lengths this time")
-			}
 			if formOK != test.form || (!formOK && !errors.Is(err, ErrSCT)) {
 				t.Errorf("SignFinal: %v", err)
 			}
@@ -645,6 +638,12 @@ func TestSCTs(t *testing.T) {
 			t.Errorf("log key %s: %v", name, err)
 		}
 	}
+}
+
+// underID gives sct the log ID of other.
+func underID(sct, other []byte) []byte {
+	copy(sct[1:33], other[1:33])
+	return sct
 }
 
 // TestCorrespond: swapped and altered forms.

@@ -67,7 +67,8 @@ var (
 )
 
 // rules are the profile (contract 1.7, 1.8 and 3). They look at the parsed
-// certificate and share no code with the builder.
+// certificate only. With the builder they share definitions (what a key
+// identifier is, which text is plain), not encoding.
 var rules = []rule{
 	{"chancery_version", everyKind, checkVersion},
 	{"chancery_serial", everyKind, checkSerialRule},
