@@ -31,7 +31,11 @@ import (
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The watch over a closed token leaves at its next tick, within an eighth of
+	// the token's deadline.
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/chancery-ca/chancery/hsm/pkcs11.(*queue).watch"))
+}
 
 func alice() *identity.Principal {
 	return &identity.Principal{
@@ -163,6 +167,60 @@ func checkPrecert(t *testing.T, f *catest.Fixture, entry catest.Leaf, leaf *x509
 	if err != nil || !bytes.Equal(tbs, entry.TBS) {
 		t.Errorf("logged TBS is not the certificate's: %v", err)
 	}
+}
+
+// TestIssueInHardware: the same with both keys in a token, many at a time.
+func TestIssueInHardware(t *testing.T) {
+	token := hsmtest.SoftHSM(t)
+	f := catest.With(t, hsmtest.NewKey(t, token, "ca", hsm.ECDSAP256), hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
+	a := catest.Authority(t, f.Config())
+	const clients, each = 8, 4
+	var all sync.WaitGroup
+	for range clients {
+		req := request(t)
+		all.Go(func() {
+			for range each {
+				got, err := a.Issue(context.Background(), req)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				leaf, err := x509.ParseCertificate(got.DER)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				checkPath(t, f, leaf)
+				if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, spki(t, req.Public)) {
+					t.Error("certificate is for another key")
+				}
+			}
+		})
+	}
+	all.Wait()
+	if n := f.Key.Count() + f.Log.Key.Count(); n != 3*clients*each {
+		t.Errorf("%d hardware signatures for %d certificates", n, clients*each)
+	}
+	serials := map[string]bool{}
+	for _, leaf := range f.Log.Leaves() {
+		cert, err := ctx509.ParseCertificate(leaf.Precert)
+		if ctx509.IsFatal(err) {
+			t.Fatal(err)
+		}
+		serials[cert.SerialNumber.String()] = true
+	}
+	if len(serials) != clients*each {
+		t.Errorf("%d serial numbers in the log", len(serials))
+	}
+}
+
+func spki(t *testing.T, pub crypto.PublicKey) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		t.Error(err)
+	}
+	return der
 }
 
 // meeting lets n callers go on only when all n are there.

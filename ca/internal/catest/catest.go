@@ -36,15 +36,22 @@ type Fixture struct {
 	Log   *Log
 }
 
-// New makes a root, an intermediate and a log.
+// New makes a root, an intermediate and a log on software keys.
 func New(t testing.TB) *Fixture {
 	t.Helper()
-	root, intermediate := hsmtest.SoftwareKey(hsm.ECDSAP384), hsmtest.SoftwareKey(hsm.ECDSAP256)
+	return With(t, hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256))
+}
+
+// With makes a root for an intermediate with the first key, and a log with the
+// second.
+func With(t testing.TB, intermediate, log hsm.Key) *Fixture {
+	t.Helper()
+	root := hsmtest.SoftwareKey(hsm.ECDSAP384)
 	rootCert := certify(t, profile.Root, "Test Root", root, nil, root)
 	return &Fixture{
 		Key:   &hsmtest.Counting{Key: intermediate},
 		Chain: []*x509.Certificate{certify(t, profile.Intermediate, "Test CA", intermediate, rootCert, root), rootCert},
-		Log:   &Log{Key: &hsmtest.Counting{Key: hsmtest.SoftwareKey(hsm.ECDSAP256)}},
+		Log:   &Log{Key: &hsmtest.Counting{Key: log}},
 	}
 }
 
