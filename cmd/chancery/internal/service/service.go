@@ -268,14 +268,6 @@ func (s *Service) openTSA() (*tsa.Authority, error) {
 	return authority, nil
 }
 
-// sctSource is the CT log as the certificate authority needs it: ca and log do
-// not know each other.
-type sctSource struct{ log *ct.Log }
-
-func (s sctSource) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
-	return s.log.Promise(ctx, issuerKeyHash, tbs)
-}
-
 // Listen opens the TLS listener that the configuration names.
 func (s *Service) Listen() (net.Listener, error) {
 	plain, err := net.Listen("tcp", s.cfg.Listen)
