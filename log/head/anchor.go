@@ -80,15 +80,15 @@ func (r Record) marshal() ([]byte, error) {
 	copy(b, anchorMagic)
 	be := binary.BigEndian
 	be.PutUint16(b[8:], anchorFormat)
-	be.PutUint16(b[10:], uint16(len(r.Signature))) // #nosec G115 -- at most maxVariable
-	be.PutUint16(b[12:], uint16(len(r.Note)))      // #nosec G115 -- at most maxVariable
+	be.PutUint16(b[10:], uint16(len(r.Signature)))
+	be.PutUint16(b[12:], uint16(len(r.Note)))
 	be.PutUint64(b[16:], r.Sequence)
 	be.PutUint64(b[24:], r.Epoch)
 	copy(b[32:], r.SPKI[:])
 	be.PutUint64(b[64:], r.Size)
 	copy(b[72:], r.Root[:])
 	if r.Sequence > 0 {
-		be.PutUint64(b[104:], uint64(r.Time.UnixMilli())) // #nosec G115 -- after 1970
+		be.PutUint64(b[104:], uint64(r.Time.UnixMilli()))
 	}
 	b = append(append(b, r.Signature...), r.Note...)
 	b = b[:slotSum]
@@ -119,7 +119,7 @@ func parseSlot(number uint64, b []byte) (Record, error) {
 	r.SPKI = [sha256.Size]byte(b[32:])
 	r.Size, r.Root = be.Uint64(b[64:]), tree.Hash(b[72:])
 	if r.Sequence > 0 {
-		r.Time = time.UnixMilli(int64(ms)).UTC() // #nosec G115 -- bounded above
+		r.Time = time.UnixMilli(int64(ms)).UTC()
 	}
 	r.Signature = bytes.Clone(b[slotBody : slotBody+sig])
 	r.Note = bytes.Clone(b[slotBody+sig : slotBody+sig+note])
@@ -150,7 +150,7 @@ func CreateAnchor(path string) error {
 	if err != nil {
 		return fmt.Errorf("create anchor: %w", err)
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	if _, err := f.Write(append(empty, make([]byte, slotSize)...)); err != nil {
 		return fmt.Errorf("create anchor: %w", err)
 	}
@@ -161,7 +161,7 @@ func CreateAnchor(path string) error {
 	if err != nil {
 		return fmt.Errorf("create anchor: %w", err)
 	}
-	defer dir.Close()
+	defer func() { _ = dir.Close() }()
 	if err := dir.Sync(); err != nil {
 		return fmt.Errorf("create anchor: %w", err)
 	}
@@ -176,7 +176,7 @@ func OpenAnchor(path string) (*FileAnchor, error) {
 		return nil, fmt.Errorf("open anchor: %w: %w", err, ErrAnchor)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, fmt.Errorf("lock anchor %s: %w: %w", path, err, ErrAnchor)
 	}
 	info, err := f.Stat()
@@ -184,7 +184,7 @@ func OpenAnchor(path string) (*FileAnchor, error) {
 		err = fmt.Errorf("%d octets, want %d", info.Size(), 2*slotSize)
 	}
 	if err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, fmt.Errorf("open anchor %s: %w: %w", path, err, ErrAnchor)
 	}
 	return &FileAnchor{f: f}, nil
@@ -223,7 +223,7 @@ func (a *FileAnchor) Store(rec Record) error {
 	if err != nil {
 		return fmt.Errorf("write anchor: %w", err)
 	}
-	if _, err := a.f.WriteAt(b, int64(rec.Sequence%2)*slotSize); err != nil { // #nosec G115 -- 0 or 1
+	if _, err := a.f.WriteAt(b, int64(rec.Sequence%2)*slotSize); err != nil {
 		return fmt.Errorf("write anchor: %w", err)
 	}
 	if err := unix.Fdatasync(int(a.f.Fd())); err != nil {

@@ -79,7 +79,7 @@ func (t *logTree) offer(work []*pending) ([]*trillian.QueuedLogLeaf, error) {
 
 // queued looks at the storage's answer for one leaf.
 func (t *logTree) queued(p *pending, q *trillian.QueuedLogLeaf) error {
-	switch code := codes.Code(q.GetStatus().GetCode()); code { // #nosec G115 -- an enumeration
+	switch code := codes.Code(q.GetStatus().GetCode()); code {
 	case codes.OK:
 		t.stored[p.id] = p
 		return nil
@@ -185,7 +185,7 @@ func (t *logTree) forget() error {
 func (t *logTree) committed(b *batch) (bool, error) {
 	tx, err := t.backend.Log.SnapshotForTree(t.ctx, t.meta)
 	if tx != nil {
-		defer tx.Close()
+		defer func() { _ = tx.Close() }()
 	}
 	if err != nil {
 		return false, fmt.Errorf("read root: %w: %w", err, ErrStorage)
@@ -217,7 +217,7 @@ func (t *logTree) publish(b *batch) {
 		}
 		delete(t.stored, id)
 		t.finish(p, Entry{
-			Index:    uint64(l.LeafIndex), // #nosec G115 -- checked in DequeueLeaves' caller
+			Index:    uint64(l.LeafIndex),
 			LeafHash: p.hash,
 			Value:    p.leaf.Value,
 			Extra:    p.leaf.Extra,

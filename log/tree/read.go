@@ -22,7 +22,7 @@ func (t *logTree) Entries(ctx context.Context, start, count uint64) ([]Entry, er
 	count = min(count, s.root.Size-start, maxEntries)
 	var leaves []*trillian.LogLeaf
 	err := t.snapshot(ctx, func(tx storage.ReadOnlyLogTreeTX) (err error) {
-		leaves, err = tx.GetLeavesByRange(ctx, int64(start), int64(count)) // #nosec G115 -- below the tree's size
+		leaves, err = tx.GetLeavesByRange(ctx, int64(start), int64(count))
 		return err
 	})
 	if err != nil {
@@ -100,7 +100,7 @@ func (t *logTree) snapshot(ctx context.Context, f func(storage.ReadOnlyLogTreeTX
 	defer done()
 	tx, err := t.backend.Log.SnapshotForTree(ctx, t.meta)
 	if tx != nil {
-		defer tx.Close()
+		defer func() { _ = tx.Close() }()
 	}
 	if err != nil {
 		return fmt.Errorf("begin snapshot: %w", err)

@@ -19,8 +19,9 @@ import (
 	"github.com/transparency-dev/merkle/proof"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"go.uber.org/goleak"
-	"google.golang.org/genproto/googleapis/rpc/status"
+
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -562,7 +563,7 @@ func TestMixedAnswers(t *testing.T) {
 		s.answer = func(out []*trillian.QueuedLogLeaf) {
 			for _, q := range out {
 				if string(q.Leaf.LeafIdentityHash) == string(id[:]) {
-					q.Status = &status.Status{Code: int32(codes.Internal)}
+					q.Status = status.New(codes.Internal, "disk").Proto()
 				}
 			}
 		}
