@@ -3,7 +3,6 @@ package ct_test
 import (
 	"bytes"
 	"context"
-	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -20,6 +19,7 @@ import (
 	"github.com/google/certificate-transparency-go/trillian/ctfe"
 	"github.com/google/certificate-transparency-go/x509util"
 
+	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/ct"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -367,7 +367,7 @@ func TestExtKeyUsages(t *testing.T) {
 	if resp, body := f.post(t, "/ct/v1/add-pre-chain", chainBody(t, f.chain(f.leaf(t, poison))...)); resp.StatusCode != 200 {
 		t.Errorf("code signing: %d %q", resp.StatusCode, body)
 	}
-	server := f.make(t, &x509.Certificate{DNSNames: []string{"test.example"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, ExtraExtensions: []pkix.Extension{poison}}, f.issuer, newKey(t, elliptic.P256()), f.issuerKey)
+	server := f.make(t, &x509.Certificate{DNSNames: []string{"test.example"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, ExtraExtensions: []pkix.Extension{poison}}, f.issuer, authKey(hsm.ECDSAP256), f.issuerKey)
 	if resp, body := f.post(t, "/ct/v1/add-pre-chain", chainBody(t, f.chain(server)...)); resp.StatusCode != 400 || !strings.Contains(string(body), "extended key usage") {
 		t.Errorf("server authentication: %d %q", resp.StatusCode, body)
 	}

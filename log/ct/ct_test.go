@@ -2,7 +2,7 @@ package ct_test
 
 import (
 	"bytes"
-	"crypto/elliptic"
+	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -29,6 +29,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 	"github.com/chancery-ca/chancery/log/ct"
 	"github.com/chancery-ca/chancery/log/head"
 )
@@ -63,12 +64,12 @@ func parseSCT(t testing.TB, der []byte) *rfc6962ct.SignedCertificateTimestamp {
 func TestPromiseBecomesEmbeddedSCT(t *testing.T) {
 	f := newFixture(t)
 	precert := f.leaf(t, poison)
-	before := f.key.count.Load()
+	before := f.key.Count()
 	p, err := f.log.Promise(t.Context(), issuerKeyHash(f.issuer), tbs(t, precert))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := f.key.count.Load() - before; n != 1 {
+	if n := f.key.Count() - before; n != 1 {
 		t.Errorf("a promise took %d signatures", n)
 	}
 	if size := f.tree.Root().Size; size != 0 {
@@ -112,6 +113,24 @@ func TestPromiseBecomesEmbeddedSCT(t *testing.T) {
 	}
 	if again, err := p.Commit(t.Context(), precert.Raw, [][]byte{f.issuer.Raw}); err != nil || again != index {
 		t.Errorf("second Commit = %d, %v; want the first index", again, err)
+	}
+}
+
+// TestKeyInToken: SCTs and heads made in a token verify, one signature each.
+func TestKeyInToken(t *testing.T) {
+	token := hsmtest.SoftHSM(t)
+	f := newFixtureWith(t, hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
+	c := f.client(t)
+	before := f.key.Count()
+	if _, err := c.AddPreChain(t.Context(), asn1Chain(f.chain(f.leaf(t, poison))...)); err != nil {
+		t.Fatal(err)
+	}
+	f.publish(t)
+	if sth, err := c.GetSTH(t.Context()); err != nil || sth.TreeSize != 1 {
+		t.Errorf("get-sth: %v, %v", sth, err)
+	}
+	if n := f.key.Count() - before; n != 2 {
+		t.Errorf("%d signatures for an SCT and a head", n)
 	}
 }
 
@@ -179,7 +198,7 @@ func twicePoisoned(t testing.TB, f *fixture) []byte {
 	}
 	tbs = bytes.Replace(tbs, from, to, 1)
 	digest := sha256.Sum256(tbs)
-	signature, err := f.issuerKey.SignContext(t.Context(), digest[:], nil)
+	signature, err := f.issuerKey.SignContext(t.Context(), digest[:], crypto.SHA256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,8 +222,7 @@ func TestPromiseUnavailable(t *testing.T) {
 		t.Errorf("clock that refuses: %v", err)
 	}
 	f = newFixture(t)
-	busy := fmt.Errorf("queue: %w", hsm.ErrBusy)
-	f.key.fail.Store(&busy)
+	f.fail(fmt.Errorf("queue: %w", hsm.ErrBusy))
 	if _, err := f.log.Promise(t.Context(), [32]byte{}, []byte{0x30, 0}); !errors.Is(err, ct.ErrUnavailable) || !errors.Is(err, hsm.ErrBusy) {
 		t.Errorf("busy token: %v", err)
 	}
@@ -215,7 +233,7 @@ func TestPromiseUnavailable(t *testing.T) {
 	if strings.Contains(string(body), "queue") {
 		t.Errorf("the answer shows the inner error: %q", body)
 	}
-	f.key.fail.Store(nil)
+	f.fail(nil)
 	if size := f.tree.Root().Size; size != 0 {
 		t.Errorf("tree of %d leaves", size)
 	}
@@ -269,7 +287,7 @@ func TestClientOfCertificateTransparencyGo(t *testing.T) {
 	}
 
 	f.publish(t)
-	signatures := f.key.count.Load()
+	signatures := f.key.Count()
 	again, err := c.AddPreChain(ctx, asn1Chain(f.chain(precert)...))
 	if err != nil {
 		t.Fatal(err)
@@ -277,7 +295,7 @@ func TestClientOfCertificateTransparencyGo(t *testing.T) {
 	if d := cmp.Diff(sct, again); d != "" {
 		t.Errorf("resubmission got another SCT: %s", d)
 	}
-	if n := f.key.count.Load() - signatures; n != 0 {
+	if n := f.key.Count() - signatures; n != 0 {
 		t.Errorf("resubmission took %d signatures", n)
 	}
 
@@ -371,7 +389,7 @@ func TestSubmissionsAtOnceShareOneSCT(t *testing.T) {
 
 func TestPreissuer(t *testing.T) {
 	f := newFixture(t)
-	key := newKey(t, elliptic.P256())
+	key := authKey(hsm.ECDSAP256)
 	pre := f.make(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "preissuer"}, IsCA: true, BasicConstraintsValid: true,
 		UnknownExtKeyUsage: []asn1.ObjectIdentifier{{1, 3, 6, 1, 4, 1, 11129, 2, 4, 4}},
@@ -391,9 +409,9 @@ func TestPreissuer(t *testing.T) {
 func TestCheckpointAndTreeHeadShareOneSignature(t *testing.T) {
 	f := newFixture(t)
 	f.fill(t, 3)
-	before := f.key.count.Load()
+	before := f.key.Count()
 	signed := f.publish(t)
-	if n := f.key.count.Load() - before; n > 1 {
+	if n := f.key.Count() - before; n > 1 {
 		t.Errorf("one head took %d signatures", n)
 	}
 	resp, body := f.get(t, "/checkpoint")
@@ -433,7 +451,7 @@ func TestCheckpointAndTreeHeadShareOneSignature(t *testing.T) {
 }
 
 func TestFormatRefuses(t *testing.T) {
-	key := newKey(t, elliptic.P256())
+	key := authKey(hsm.ECDSAP256)
 	for name, origin := range map[string]string{
 		"empty":       "",
 		"space":       "ct.example/a b",
@@ -449,7 +467,7 @@ func TestFormatRefuses(t *testing.T) {
 			}
 		})
 	}
-	if _, err := ct.NewFormat(testOrigin, newKey(t, elliptic.P384()).Public()); err == nil {
+	if _, err := ct.NewFormat(testOrigin, authKey(hsm.ECDSAP384).Public()); err == nil {
 		t.Error("accepted a P-384 key")
 	}
 	format, err := ct.NewFormat(testOrigin, key.Public())
@@ -552,7 +570,7 @@ func TestNewRefuses(t *testing.T) {
 		"no clock":       func(c *ct.Config) { c.Now = nil },
 		"no roots":       func(c *ct.Config) { c.Roots = nil },
 		"bad origin":     func(c *ct.Config) { c.Origin = "https://ct.example" },
-		"P-384 key":      func(c *ct.Config) { c.Key = newKey(t, elliptic.P384()) },
+		"P-384 key":      func(c *ct.Config) { c.Key = authKey(hsm.ECDSAP384) },
 		"negative limit": func(c *ct.Config) { c.MaxInFlight = -1 },
 		"broken root":    func(c *ct.Config) { c.Roots = []*x509.Certificate{{Raw: []byte("root")}} },
 	} {

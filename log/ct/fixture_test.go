@@ -3,9 +3,6 @@ package ct_test
 import (
 	"bytes"
 	"context"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -25,6 +22,7 @@ import (
 	"github.com/labstack/echo/v4"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 	"github.com/chancery-ca/chancery/log/ct"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -32,37 +30,14 @@ import (
 
 const testOrigin = "ct.test.example/ct/2026"
 
-// softKey is a key in memory that counts its signatures and fails on demand.
-type softKey struct {
-	*ecdsa.PrivateKey
-	count atomic.Int64
-	fail  atomic.Pointer[error]
-}
-
-func (k *softKey) SignContext(_ context.Context, digest []byte, _ crypto.SignerOpts) ([]byte, error) {
-	if err := k.fail.Load(); err != nil {
-		return nil, *err
-	}
-	k.count.Add(1)
-	return ecdsa.SignASN1(rand.Reader, k.PrivateKey, digest)
-}
-
-func (k *softKey) Ref() hsm.Ref { return hsm.Ref{URI: "test:"} }
-
-func newKey(t testing.TB, curve elliptic.Curve) *softKey {
-	t.Helper()
-	k, err := ecdsa.GenerateKey(curve, rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &softKey{PrivateKey: k}
-}
+// authKey is a key of the test's authorities.
+func authKey(algorithm hsm.Algorithm) hsm.Key { return hsmtest.SoftwareKey(algorithm) }
 
 // authority is a root, an intermediate and what they sign.
 type authority struct {
 	root, issuer       *x509.Certificate
-	rootKey, issuerKey *softKey
-	leafKey            *softKey
+	rootKey, issuerKey hsm.Key
+	leafKey            hsm.Key
 	serial             atomic.Int64
 }
 
@@ -73,13 +48,13 @@ var (
 
 func newAuthority(t testing.TB) *authority {
 	t.Helper()
-	a := &authority{rootKey: newKey(t, elliptic.P384()), issuerKey: newKey(t, elliptic.P256()), leafKey: newKey(t, elliptic.P256())}
+	a := &authority{rootKey: authKey(hsm.ECDSAP384), issuerKey: authKey(hsm.ECDSAP256), leafKey: authKey(hsm.ECDSAP256)}
 	a.root = a.make(t, &x509.Certificate{Subject: pkix.Name{CommonName: "root"}, IsCA: true, BasicConstraintsValid: true}, nil, a.rootKey, a.rootKey)
 	a.issuer = a.make(t, &x509.Certificate{Subject: pkix.Name{CommonName: "issuer"}, IsCA: true, BasicConstraintsValid: true}, a.root, a.issuerKey, a.rootKey)
 	return a
 }
 
-func (a *authority) make(t testing.TB, template, parent *x509.Certificate, subject, signer *softKey) *x509.Certificate {
+func (a *authority) make(t testing.TB, template, parent *x509.Certificate, subject, signer hsm.Key) *x509.Certificate {
 	t.Helper()
 	template.SerialNumber = big.NewInt(a.serial.Add(1))
 	template.NotBefore, template.NotAfter = notBefore, notBefore.Add(10*time.Minute)
@@ -90,7 +65,7 @@ func (a *authority) make(t testing.TB, template, parent *x509.Certificate, subje
 	if parent == nil {
 		parent = template
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, subject.Public(), signer.PrivateKey)
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, subject.Public(), signer)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,18 +106,25 @@ type fixture struct {
 	log   *ct.Log
 	tree  tree.Tree
 	heads *head.Publisher
-	key   *softKey
+	key   *hsmtest.Counting
+	fail  func(error) // what the key answers from now on
 	srv   *httptest.Server
-	clock func() (time.Time, error)
 }
 
 func wallClock() (time.Time, error) { return time.Now(), nil }
 
+// newFixture returns a log whose key is in memory.
 func newFixture(t testing.TB, change ...func(*ct.Config)) *fixture {
+	t.Helper()
+	return newFixtureWith(t, hsmtest.SoftwareKey(hsm.ECDSAP256), change...)
+}
+
+func newFixtureWith(t testing.TB, key hsm.Key, change ...func(*ct.Config)) *fixture {
 	t.Helper()
 	ctx := context.Background()
 	dir := t.TempDir()
-	f := &fixture{authority: newAuthority(t), key: newKey(t, elliptic.P256())}
+	failing := &hsmtest.Failing{Key: key}
+	f := &fixture{authority: newAuthority(t), key: &hsmtest.Counting{Key: failing}, fail: failing.Fail}
 	quiet := slog.New(slog.DiscardHandler)
 	engine, err := tree.Open(ctx, tree.Config{Dir: dir, Now: wallClock, Logger: quiet})
 	if err != nil {

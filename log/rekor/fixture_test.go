@@ -19,7 +19,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,25 +28,13 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/rekor"
 	"github.com/chancery-ca/chancery/log/tree"
 )
 
 const testOrigin = "rekor.test.example"
-
-// softKey is a key in memory that counts its signatures.
-type softKey struct {
-	*ecdsa.PrivateKey
-	count atomic.Int64
-}
-
-func (k *softKey) SignContext(_ context.Context, digest []byte, _ crypto.SignerOpts) ([]byte, error) {
-	k.count.Add(1)
-	return ecdsa.SignASN1(rand.Reader, k.PrivateKey, digest)
-}
-
-func (k *softKey) Ref() hsm.Ref { return hsm.Ref{URI: "test:"} }
 
 func newECDSA(t testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
 	t.Helper()
@@ -185,18 +172,24 @@ type fixture struct {
 	log   *rekor.Log
 	tree  tree.Tree
 	heads *head.Publisher
-	key   *softKey
+	key   *hsmtest.Counting
 	srv   *httptest.Server
 }
 
 func wallClock() (time.Time, error) { return time.Now(), nil }
 
+// newFixture returns a log whose head key is in memory.
 func newFixture(t testing.TB, change ...func(*rekor.Config)) *fixture {
+	t.Helper()
+	return newFixtureWith(t, hsmtest.SoftwareKey(hsm.ECDSAP256), change...)
+}
+
+func newFixtureWith(t testing.TB, key hsm.Key, change ...func(*rekor.Config)) *fixture {
 	t.Helper()
 	ctx := context.Background()
 	dir := t.TempDir()
 	quiet := slog.New(slog.DiscardHandler)
-	f := &fixture{key: &softKey{PrivateKey: newECDSA(t, elliptic.P256())}}
+	f := &fixture{key: &hsmtest.Counting{Key: key}}
 	engine, err := tree.Open(ctx, tree.Config{Dir: dir, Now: wallClock, Logger: quiet})
 	if err != nil {
 		t.Fatal(err)

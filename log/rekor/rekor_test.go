@@ -37,6 +37,8 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/rekor"
 )
@@ -174,6 +176,13 @@ func TestAnswerHasTheUnpopulatedFields(t *testing.T) {
 			t.Errorf("tree size %d for index %d", tle.GetInclusionProof().GetTreeSize(), tle.GetLogIndex())
 		}
 	}
+}
+
+// TestKeyInToken: a checkpoint made in a token verifies.
+func TestKeyInToken(t *testing.T) {
+	f := newFixtureWith(t, hsmtest.NewKey(t, hsmtest.SoftHSM(t), "rekor", hsm.ECDSAP256))
+	resp, answer := f.post(t, body(t, p256(t).request(t, "artefact")))
+	f.created(t, resp, answer)
 }
 
 func TestClientOfRekorTiles(t *testing.T) {
@@ -359,8 +368,8 @@ func TestTilesAndBundles(t *testing.T) {
 	if err := verify.VerifyConsistencyProofWithCheckpoints(raw, string(text), tle.GetInclusionProof().GetCheckpoint().GetEnvelope(), f.noteVerifier(t)); err != nil {
 		t.Error(err)
 	}
-	if f.key.count.Load() > n {
-		t.Errorf("%d signatures for %d entries", f.key.count.Load(), n+1)
+	if f.key.Count() > n {
+		t.Errorf("%d signatures for %d entries", f.key.Count(), n+1)
 	}
 }
 
