@@ -169,14 +169,8 @@ func (s *Shim) Peak() int { return int(s.at(wordPeak).Load()) }
 // Delay makes every C_Sign take this much longer.
 func (s *Shim) Delay(microseconds int) { s.at(wordDelay).Store(uint64(microseconds)) }
 
-// Hang makes C_Sign not return until it is called with false.
-func (s *Shim) Hang(on bool) {
-	var v uint64
-	if on {
-		v = 1
-	}
-	s.at(wordHang).Store(v)
-}
+// Hang makes a function not return until another is named; 0 names none.
+func (s *Shim) Hang(function Function) { s.at(wordHang).Store(uint64(function)) }
 
 // CorruptEvery flips a bit in every n-th signature; 0 in none.
 func (s *Shim) CorruptEvery(n int) { s.at(wordCorrupt).Store(uint64(n)) }

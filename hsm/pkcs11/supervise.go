@@ -33,14 +33,18 @@ type recovery struct {
 	mu    sync.Mutex
 	done  chan struct{} // not nil while reopening; closed when it ends
 	fatal error         // why the module is dead, nil if it is not
+	until time.Time     // when the running attempt counts as hung; zero between attempts
 }
 
 // why says why there is no connection.
 func (r *recovery) why() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.fatal != nil {
+	switch {
+	case r.fatal != nil:
 		return r.fatal
+	case !r.until.IsZero() && time.Now().After(r.until):
+		return errWedged
 	}
 	return errRecovering
 }
@@ -71,7 +75,7 @@ func (m *module) lose(t *Token, err error) {
 		return
 	}
 	r.done = make(chan struct{})
-	go m.recover(t.log, err)
+	go m.recover(t.log, t.cfg.Deadline, err)
 }
 
 // recovered waits for a running recovery and says whether the module is up.
@@ -96,14 +100,20 @@ func (m *module) recovered(ctx context.Context) bool {
 }
 
 // recover closes every connection of the module and opens them all again, as
-// often as it takes. It ends when all are open, when none is wanted any more,
-// or for good when a PIN is refused.
-func (m *module) recover(log *slog.Logger, cause error) {
+// often as it takes. It ends when all are open, when none is wanted any more, or for
+// good when a PIN is refused. Callers get ErrLost while an attempt hangs.
+func (m *module) recover(log *slog.Logger, deadline time.Duration, cause error) {
 	began := time.Now()
 	log.Warn("connection lost, reopening the module", "module", m.path, "error", cause)
 	pause := firstPause
 	for {
+		late := time.AfterFunc(deadline, func() {
+			log.Error("module wedged: reopening it outlived the deadline", "deadline", deadline)
+		})
+		m.recovery.setUntil(time.Now().Add(deadline))
 		err := m.reopen()
+		m.recovery.setUntil(time.Time{})
+		late.Stop()
 		if err == nil {
 			break
 		}
@@ -118,6 +128,13 @@ func (m *module) recover(log *slog.Logger, cause error) {
 	}
 	log.Warn("module reopened", "after", time.Since(began))
 	m.finish(nil)
+}
+
+// setUntil says when the attempt that begins counts as hung, or that it ended.
+func (r *recovery) setUntil(until time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.until = until
 }
 
 // finish ends the recovery.

@@ -214,7 +214,7 @@ func (t *Token) do(ctx context.Context, again bool, f func(*connection) error) e
 func (t *Token) once(ctx context.Context, f func(*connection) error) error {
 	return t.queue.do(ctx, func() error {
 		if !t.gate.TryRLock() {
-			return errRecovering
+			return t.module.recovery.why()
 		}
 		defer t.gate.RUnlock()
 		if t.conn == nil {

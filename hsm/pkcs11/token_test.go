@@ -486,7 +486,7 @@ func TestGenerateOnce(t *testing.T) {
 func TestQueue(t *testing.T) {
 	f := setUp(t, pkcs11.Config{MaxSessions: 1, MaxQueue: 2})
 	signs := f.shim.Signs()
-	f.shim.Hang(true)
+	f.shim.Hang(hsmtest.Sign)
 	results, first := make(chan error, 10), make(chan error, 1)
 	running, cancelRunning := context.WithCancelCause(t.Context())
 	go func() { first <- f.sign(running) }()
@@ -511,7 +511,7 @@ func TestQueue(t *testing.T) {
 	}
 	cancelRunning(cause)
 	wants(t, f.token, "ended while running", <-first, hsm.ErrLost)
-	f.shim.Hang(false)
+	f.shim.Hang(0)
 	eventually(t, "the hung call to end", func() bool { return f.shim.Running() == 0 })
 	if err := f.sign(t.Context()); err != nil {
 		t.Errorf("after the hang: %v", err)
@@ -525,7 +525,7 @@ func TestQueue(t *testing.T) {
 // gets ErrLost soon, nobody waits, and Close does not hang.
 func TestWedged(t *testing.T) {
 	f := setUp(t, pkcs11.Config{MaxSessions: 2, Deadline: 2 * time.Second})
-	f.shim.Hang(true)
+	f.shim.Hang(hsmtest.Sign)
 	results := make(chan error, 8)
 	for range cap(results) {
 		go func() { results <- f.sign(context.Background()) }()
@@ -538,6 +538,24 @@ func TestWedged(t *testing.T) {
 	if got := f.shim.Peak(); got != 2 {
 		t.Errorf("%d calls at once, want 2", got)
 	}
+}
+
+// TestHungRecovery: a module that hangs while it is reopened is wedged after
+// the deadline, and callers learn it without waiting.
+func TestHungRecovery(t *testing.T) {
+	f := setUp(t, pkcs11.Config{Deadline: 2 * time.Second})
+	f.shim.Hang(hsmtest.Login)
+	f.shim.Fail(hsmtest.SignInit, p11.CKR_DEVICE_REMOVED, 1)
+	wants(t, f.token, "the caller that notices", f.sign(t.Context()), hsm.ErrLost)
+	eventually(t, "ErrLost for later callers", func() bool {
+		err := f.sign(t.Context())
+		if !errors.Is(err, hsm.ErrBusy) && !errors.Is(err, hsm.ErrLost) {
+			t.Fatal(err)
+		}
+		return errors.Is(err, hsm.ErrLost)
+	})
+	f.shim.Hang(0)
+	eventually(t, "signing again", func() bool { return f.sign(t.Context()) == nil })
 }
 
 // TestCloseOther: opening and closing one token does not disturb another.
@@ -586,5 +604,19 @@ func TestInitToken(t *testing.T) {
 	f.shim.NewToken(t)
 	if err := f.sign(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestWrongPINOnce: SoftHSM notes a wrong PIN in the token's flags, so that
+// not even the right one is sent after it.
+func TestWrongPINOnce(t *testing.T) {
+	shim := hsmtest.NewShim(t)
+	token := shim.NewToken(t)
+	for i, pin := range [][]byte{[]byte("0000-wrong"), token.PIN} {
+		_, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: token.Module, URI: token.URI, PIN: pin})
+		wants(t, token, fmt.Sprintf("attempt %d", i), err, hsm.ErrPIN)
+	}
+	if n := shim.Logins(); n != 1 {
+		t.Errorf("%d logins, want 1", n)
 	}
 }

@@ -43,9 +43,12 @@ static void nap(unsigned long us)
 	nanosleep(&t, NULL);
 }
 
-/* fails says whether function shall fail now, and with what. */
+/* fails hangs if function shall, and says whether it shall fail now, and with
+ * what. sign hangs later, when it counts as running. */
 static rv_t fails(ulong_t function)
 {
+	while (function != SIGN && atomic_load(&words[W_HANG]) == function)
+		nap(1000);
 	if (atomic_load(&words[W_FAIL_FUNCTION]) != function)
 		return 0;
 	unsigned long left = atomic_load(&words[W_FAIL_COUNT]);
@@ -118,7 +121,7 @@ static rv_t sign(ulong_t session, void *data, ulong_t len, unsigned char *sig, u
 		unsigned long delay = atomic_load(&words[W_DELAY_US]);
 		if (delay)
 			nap(delay);
-		while (atomic_load(&words[W_HANG]))
+		while (atomic_load(&words[W_HANG]) == SIGN)
 			nap(1000);
 	}
 	rv = ((rv_t (*)(ulong_t, void *, ulong_t, void *, ulong_t *))real->f[SIGN])(session, data, len, sig, siglen);
