@@ -196,6 +196,14 @@ func (a *admin) swapFiles(tx *adminTX, opened map[int64]*logTree) error {
 	s := a.store
 	var gone []*logTree
 	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		err := ErrClosed
+		for _, t := range opened {
+			err = errors.Join(err, t.close())
+		}
+		return err
+	}
 	for id, t := range opened {
 		s.trees[id] = t
 	}

@@ -86,6 +86,7 @@ func (q *queue) remove(n int, integrated map[hash]bool) {
 		delete(q.known, l.identity)
 		q.bytes -= l.size()
 	}
+	clear(q.list[:n]) // the array lives on
 	switch tail := q.list[n:]; {
 	case len(rest) > 0:
 		q.list = append(rest, tail...)

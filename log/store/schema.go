@@ -71,9 +71,9 @@ var writerPragmas = []string{
 	"PRAGMA journal_mode=WAL",
 	"PRAGMA synchronous=FULL",
 	"PRAGMA wal_autocheckpoint=0",
-	"PRAGMA cache_size=-8192",
+	"PRAGMA cache_size=-4096",
 	"PRAGMA temp_store=MEMORY",
 }
 
-// readerPragmas set up a connection that reads; each may cache 2 MiB.
-var readerPragmas = []string{"PRAGMA query_only=ON", "PRAGMA cache_size=-2048"}
+// readerPragmas set up a connection that reads; each may cache 1 MiB.
+var readerPragmas = []string{"PRAGMA query_only=ON", "PRAGMA cache_size=-1024"}

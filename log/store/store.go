@@ -350,6 +350,9 @@ func (s *Store) QueueLeaves(ctx context.Context, tree *trillian.Tree, leaves []*
 	if err != nil {
 		return nil, err
 	}
+	if tree.TreeType == trillian.TreeType_PREORDERED_LOG {
+		return nil, status.Error(codes.FailedPrecondition, "a PREORDERED_LOG has no queue")
+	}
 	return t.queueLeaves(ctx, leaves, queued)
 }
 

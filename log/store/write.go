@@ -352,9 +352,27 @@ func (tx *logTX) StoreSignedLogRoot(ctx context.Context, root *trillian.SignedLo
 	if r.TreeSize < tx.old.size {
 		return status.Errorf(codes.FailedPrecondition, "root of size %d after one of size %d", r.TreeSize, tx.old.size)
 	}
+	if err := tx.sameRoot(r); err != nil {
+		return err
+	}
 	tx.root, tx.newSize = slices.Clone(root.LogRoot), r.TreeSize
 	if tx.preordered {
 		return tx.promoteStaged(ctx, r)
+	}
+	return nil
+}
+
+// sameRoot refuses another root hash for the size of the last root.
+func (tx *logTX) sameRoot(r types.LogRootV1) error {
+	if tx.old.root == nil || r.TreeSize != tx.old.size {
+		return nil
+	}
+	var old types.LogRootV1
+	if err := old.UnmarshalBinary(tx.old.root); err != nil {
+		return fmt.Errorf("parse root: %w: %w", ErrCorrupt, err)
+	}
+	if !bytes.Equal(old.RootHash, r.RootHash) {
+		return fmt.Errorf("store second root for size %d: %w", r.TreeSize, ErrCorrupt)
 	}
 	return nil
 }
