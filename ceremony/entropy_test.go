@@ -13,19 +13,13 @@ import (
 // The cutoff of the adaptive proportion test is the one of SP 800-90B, Section
 // 4.4.2, for 4 bits of entropy per octet and a false alarm in 2^30.
 func TestWindowCutoff(t *testing.T) {
-	p, q := big.NewRat(1, 16), big.NewRat(15, 16)
-	power := func(x *big.Rat, n int) *big.Rat {
-		r := big.NewRat(1, 1)
-		for range n {
-			r.Mul(r, x)
-		}
-		return r
-	}
-	tail, alpha := new(big.Rat), big.NewRat(1, 1<<30)
-	c := healthWindow + 1
+	// P(X = k) is C(512, k) · 15^(512-k) / 16^512; counted from the top.
+	scale := new(big.Int).Exp(big.NewInt(16), big.NewInt(healthWindow), nil)
+	alpha := scale.Rsh(scale, 30)
+	tail, c := new(big.Int), healthWindow+1
 	for {
-		n := new(big.Rat).SetInt(new(big.Int).Binomial(healthWindow, int64(c-1)))
-		n.Mul(n, power(p, c-1)).Mul(n, power(q, healthWindow-c+1))
+		n := new(big.Int).Exp(big.NewInt(15), big.NewInt(int64(healthWindow-c+1)), nil)
+		n.Mul(n, new(big.Int).Binomial(healthWindow, int64(c-1)))
 		if tail.Add(tail, n); tail.Cmp(alpha) > 0 {
 			break
 		}

@@ -48,8 +48,7 @@ func rehearsed(t testing.TB) (*Definition, *Result, Options) {
 	return d, res, opts
 }
 
-func TestRehearseWritesEverything(t *testing.T) {
-	d, res, opts := rehearsed(t)
+func outputsComplete(t *testing.T, d *Definition, res *Result, opts Options) {
 	for _, name := range append(outputNames(d), TranscriptName) {
 		info, err := os.Stat(filepath.Join(opts.Dir, name))
 		if err != nil || info.Size() == 0 {

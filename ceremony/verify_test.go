@@ -19,12 +19,44 @@ import (
 	"github.com/chancery-ca/chancery/ceremony/trust"
 )
 
+// TestOutputs looks at one ceremony's outputs in every way.
+func TestOutputs(t *testing.T) {
+	d, res, opts := rehearsed(t)
+	for name, test := range map[string]func(*testing.T, *Definition, *Result, Options){
+		"tampered with":         verifyTamper,
+		"resealed":              verifyResealedChain,
+		"read by programs":      outputsByOtherPrograms,
+		"root serial by script": rootSerialByScript,
+		"read by sigstore-go":   outputsBySigstore,
+		"complete":              outputsComplete,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, d, res, opts) })
+	}
+}
+
 // Every output, changed anywhere, is noticed: each octet of small files, a
 // sample of large ones.
-func TestVerifyTamper(t *testing.T) {
-	d, _, opts := rehearsed(t)
+func verifyTamper(t *testing.T, d *Definition, _ *Result, opts Options) {
 	if err := Verify(opts.Dir).Err(); err != nil {
 		t.Fatal(err)
+	}
+	records, err := readTranscriptFile(filepath.Join(opts.Dir, TranscriptName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps, err := Plan(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newFacts(d)
+	if err := replay(f, steps, records); err != nil {
+		t.Fatal(err)
+	}
+	// The records are replayed once, the files compared each time.
+	files := func() error {
+		r := &Report{}
+		r.checkFiles(opts.Dir, f, records)
+		return r.Err()
 	}
 	for _, name := range append(outputNames(d), TranscriptName) {
 		path := filepath.Join(opts.Dir, name)
@@ -32,29 +64,33 @@ func TestVerifyTamper(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		check := files
+		if name == TranscriptName || name == definitionName {
+			check = func() error { return Verify(opts.Dir).Err() }
+		}
 		positions := []int{0, len(content) / 3, len(content) / 2, len(content) - 2, len(content) - 1}
 		for _, i := range positions {
 			changed := bytes.Clone(content)
 			changed[i] ^= 1
 			rewrite(t, path, changed)
-			if err := Verify(opts.Dir).Err(); !errors.Is(err, ErrVerify) {
+			if err := check(); !errors.Is(err, ErrVerify) {
 				t.Errorf("%s with octet %d changed: %v, want ErrVerify", name, i, err)
 			}
 		}
 		rewrite(t, path, content[:len(content)-1])
-		if err := Verify(opts.Dir).Err(); !errors.Is(err, ErrVerify) {
+		if err := check(); !errors.Is(err, ErrVerify) {
 			t.Errorf("%s cut short: %v, want ErrVerify", name, err)
 		}
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
-		if err := Verify(opts.Dir).Err(); !errors.Is(err, ErrVerify) {
+		if err := check(); !errors.Is(err, ErrVerify) {
 			t.Errorf("%s missing: %v, want ErrVerify", name, err)
 		}
 		if err := os.Symlink("/etc/passwd", path); err != nil {
 			t.Fatal(err)
 		}
-		if err := Verify(opts.Dir).Err(); !errors.Is(err, ErrVerify) {
+		if err := check(); !errors.Is(err, ErrVerify) {
 			t.Errorf("%s is a link: %v, want ErrVerify", name, err)
 		}
 		if err := os.Remove(path); err != nil {
@@ -76,8 +112,7 @@ func rewrite(t *testing.T, path string, content []byte) {
 
 // A forger who changes a record can seal the chain again from there on. What
 // the records say must still follow from one another.
-func TestVerifyResealedChain(t *testing.T) {
-	_, _, opts := rehearsed(t)
+func verifyResealedChain(t *testing.T, d *Definition, _ *Result, opts Options) {
 	records, err := readTranscriptFile(filepath.Join(opts.Dir, TranscriptName))
 	if err != nil {
 		t.Fatal(err)
@@ -140,8 +175,8 @@ func TestVerifyResealedChain(t *testing.T) {
 				}
 				forged[i] = reseal(t, forged[i])
 			}
-			f := newFacts(demoDefinition(t))
-			steps, err := Plan(f.def)
+			f := newFacts(d)
+			steps, err := Plan(d)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -182,8 +217,7 @@ func shell(t *testing.T, dir, name string, args ...string) string {
 }
 
 // Programs that we did not write accept the certificates and the checksums.
-func TestOutputsByOtherPrograms(t *testing.T) {
-	_, _, opts := rehearsed(t)
+func outputsByOtherPrograms(t *testing.T, _ *Definition, _ *Result, opts Options) {
 	at := []string{"-attime", "1795348800"} // testNow + 1 day
 	shell(t, opts.Dir, "openssl", append([]string{"verify", "-x509_strict", "-purpose", "any", "-CAfile", "root.pem"}, append(at, "intermediate.pem")...)...)
 	shell(t, opts.Dir, "openssl", append([]string{"verify", "-x509_strict", "-CAfile", "chain.pem"}, append(at, "chain.pem")...)...)
@@ -214,8 +248,7 @@ s[0] = s[0] & 0x7f | 0x40
 print(s.hex())
 `
 
-func TestRootSerialByScript(t *testing.T) {
-	_, res, opts := rehearsed(t)
+func rootSerialByScript(t *testing.T, _ *Definition, res *Result, opts Options) {
 	got, ok := new(big.Int).SetString(strings.TrimSpace(shell(t, opts.Dir, "python3", "-c", serialScript)), 16)
 	if want := res.Certificates["root"].SerialNumber; !ok || got.Cmp(want) != 0 {
 		t.Errorf("the script finds serial %x, the root has %x", got, want)
@@ -226,8 +259,7 @@ func TestRootSerialByScript(t *testing.T) {
 }
 
 // sigstore-go, the clients' library, reads what the ceremony writes.
-func TestOutputsBySigstore(t *testing.T) {
-	d, res, opts := rehearsed(t)
+func outputsBySigstore(t *testing.T, d *Definition, res *Result, opts Options) {
 	read := func(name string) []byte {
 		b, err := os.ReadFile(filepath.Join(opts.Dir, name))
 		if err != nil {

@@ -171,11 +171,6 @@ func (r *KeyRing) Marshal() ([]byte, error) {
 }
 
 func (r *KeyRing) check() error {
-	for _, role := range Roles() {
-		if _, ok := r.Keys[role]; !ok && !role.Optional() {
-			return fmt.Errorf("role %s has no key: %w", role, ErrIncomplete)
-		}
-	}
 	for name, t := range r.Tokens {
 		if name == "" || !tokenURI(t.URI) {
 			return fmt.Errorf("token %.40q: URI %.200q: %w", name, t.URI, ErrFormat)
@@ -196,6 +191,11 @@ func (r *KeyRing) check() error {
 			return fmt.Errorf("roles %s and %s have one key: %w", role, other, ErrFormat)
 		}
 		seen[k.SPKI] = role
+	}
+	for _, role := range Roles() {
+		if _, ok := r.Keys[role]; !ok && !role.Optional() {
+			return fmt.Errorf("role %s has no key: %w", role, ErrIncomplete)
+		}
 	}
 	return nil
 }

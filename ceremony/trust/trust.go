@@ -20,8 +20,8 @@ package trust
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
@@ -153,7 +153,7 @@ func logsToProto(logs []Log) ([]*trustpb.TransparencyLogInstance, error) {
 	seen := map[[sha256.Size]byte]bool{}
 	var out []*trustpb.TransparencyLogInstance
 	for _, l := range logs {
-		if alg, err := hsm.AlgorithmOf(crypto.PublicKey(l.PublicKey)); l.PublicKey == nil || err != nil || alg != hsm.ECDSAP256 {
+		if l.PublicKey == nil || l.PublicKey.Curve != elliptic.P256() {
 			return nil, fmt.Errorf("log %s: key is not P-256: %w", l.BaseURL, ErrIncomplete)
 		}
 		if err := checkURL(l.BaseURL); err != nil {
