@@ -29,6 +29,7 @@ type faultyStorage struct {
 	flip func(level, index uint64, raw []byte)
 	// gate, if not nil, is received from before each batch.
 	gate   chan struct{}
+	held   int // batches that came to the gate
 	queues int // calls of QueueLeaves
 	closes int
 }
@@ -84,6 +85,7 @@ func (s *faultyStorage) ReadWriteTransaction(ctx context.Context, tree *trillian
 	gate := s.gate
 	s.mu.Unlock()
 	if gate != nil {
+		s.set(func() { s.held++ })
 		select {
 		case <-gate:
 		case <-ctx.Done():

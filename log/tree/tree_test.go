@@ -14,14 +14,16 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/chancery-ca/chancery/log/store"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/trillian"
+	"github.com/google/trillian/storage"
 	"github.com/transparency-dev/merkle/proof"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"go.uber.org/goleak"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 var quiet = slog.New(slog.DiscardHandler)
@@ -841,4 +843,128 @@ func TestNames(t *testing.T) {
 	if tr.Root().Size != 0 || other.Root().Size != 3 {
 		t.Errorf("sizes %d and %d, want 0 and 3", tr.Root().Size, other.Root().Size)
 	}
+}
+
+// TestReadersWhileWriting: whoever looks sees one consistent tree.
+func TestReadersWhileWriting(t *testing.T) {
+	const n = 3000
+	_, tr := openTree(t, newFaultyStorage(t), func(c *Config) { c.CacheTiles = 2 })
+	done := make(chan struct{})
+	var readers sync.WaitGroup
+	for r := range 4 {
+		readers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(r), 7))
+			last := tr.Root()
+			for looking := true; looking; {
+				select {
+				case <-done:
+					looking = false // and once more
+				default:
+				}
+				changed, root := tr.Changed(), tr.Root()
+				if root.Size < last.Size || root.Size == last.Size && root != last {
+					t.Errorf("root of %d after one of %d", root.Size, last.Size)
+					return
+				}
+				checkConsistency(t, tr, last.Size, root.Size, last.Hash, root.Hash)
+				if last = root; root.Size > 0 {
+					i := rng.Uint64N(root.Size)
+					es, err := tr.Entries(t.Context(), i, 1)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					checkInclusion(t, tr, i, root.Size, es[0].LeafHash, root.Hash)
+					if raw, err := tr.Tile(t.Context(), 0, i/256, int(i%256)+1); err != nil || Hash(raw[len(raw)-HashSize:]) != es[0].LeafHash {
+						t.Errorf("tile of leaf %d: %v", i, err)
+						return
+					}
+					continue
+				}
+				select {
+				case <-changed:
+				case <-done:
+				}
+			}
+		})
+	}
+	fill(t, tr, 0, n)
+	close(done)
+	readers.Wait()
+}
+
+// TestInterruptedCreate: a process died between the tree and its first root.
+func TestInterruptedCreate(t *testing.T) {
+	s := newFaultyStorage(t)
+	e, _ := openTree(t, s)
+	_, err := storage.CreateTree(t.Context(), e.backend.Admin, &trillian.Tree{
+		TreeState: trillian.TreeState_ACTIVE, TreeType: trillian.TreeType_LOG,
+		DisplayName: "half", MaxRootDuration: durationpb.New(0),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Tree(t.Context(), "half"); !errors.Is(err, storage.ErrTreeNeedsInit) {
+		t.Errorf("open: error %v, want ErrTreeNeedsInit", err)
+	}
+	for _, want := range []error{nil, ErrExists} {
+		if err := e.Create(t.Context(), "half"); !errors.Is(err, want) {
+			t.Errorf("create: error %v, want %v", err, want)
+		}
+	}
+	tr, err := e.Tree(t.Context(), "half")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, tr, 0, 2)
+}
+
+func TestTwoEngines(t *testing.T) {
+	s := newFaultyStorage(t)
+	openTree(t, s)
+	if _, err := Open(t.Context(), Config{Dir: s.dir, Now: wallClock, Logger: quiet}); !errors.Is(err, store.ErrLocked) {
+		t.Errorf("error %v, want ErrLocked", err)
+	}
+	if _, err := Open(t.Context(), Config{Dir: s.dir, Logger: quiet}); err == nil {
+		t.Error("opened without a clock")
+	}
+}
+
+// TestSeveralTrees: a storage that hangs for one tree does not delay another.
+func TestSeveralTrees(t *testing.T) {
+	s := newFaultyStorage(t)
+	e, tr := openTree(t, s)
+	if err := e.Create(t.Context(), "other"); err != nil {
+		t.Fatal(err)
+	}
+	other, err := e.Tree(t.Context(), "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gate := make(chan struct{})
+	s.set(func() { s.gate = gate })
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, _, err := tr.Append(t.Context(), leafN(1)); err != nil {
+			t.Error(err)
+		}
+	})
+	lt := tr.(*logTree)
+	waitFor(t, lt, func() bool { return len(lt.waiting) == 1 && len(lt.queue) == 0 })
+	for { // the first tree's integrator is in the gate, or will be
+		s.mu.Lock()
+		held := s.held
+		s.mu.Unlock()
+		if held == 1 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	s.set(func() { s.gate = nil })
+	fill(t, other, 0, 50)
+	if tr.Root().Size != 0 || other.Root().Size != 50 {
+		t.Errorf("sizes %d and %d, want 0 and 50", tr.Root().Size, other.Root().Size)
+	}
+	close(gate)
+	wg.Wait()
 }
