@@ -35,6 +35,7 @@ const (
 	wordFailCount
 	wordCorrupted
 	wordFailed
+	wordMaxSessions
 	words
 )
 
@@ -177,6 +178,10 @@ func (s *Shim) CorruptEvery(n int) { s.at(wordCorrupt).Store(uint64(n)) }
 
 // TokenFlags adds flags to what C_GetTokenInfo says of initialised tokens.
 func (s *Shim) TokenFlags(flags uint) { s.at(wordFlags).Store(uint64(flags)) }
+
+// MaxSessions changes how many read-write sessions C_GetTokenInfo says that a
+// token allows; 0 leaves the truth.
+func (s *Shim) MaxSessions(n int) { s.at(wordMaxSessions).Store(uint64(n)) }
 
 // Fail makes the next count calls of a function return code.
 func (s *Shim) Fail(function Function, code uint, count int) {

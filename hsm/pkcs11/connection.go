@@ -34,8 +34,12 @@ const extraSessions = 2
 func (m *module) connect(t *Token) (*connection, error) {
 	var info hsm.TokenInfo
 	var by uri
+	sessions := t.cfg.MaxSessions
 	err := m.initialised(func() (err error) {
 		if info, by, err = m.locate(t.uri); err != nil {
+			return err
+		}
+		if sessions, err = m.limit(info.Slot, sessions); err != nil {
 			return err
 		}
 		return checkPINFlags(info)
@@ -48,7 +52,6 @@ func (m *module) connect(t *Token) (*connection, error) {
 			return nil, ErrOpen
 		}
 	}
-	sessions := t.cfg.MaxSessions
 	context, err := crypto11.Configure(&crypto11.Config{
 		Path: m.path, TokenSerial: by.serial, TokenLabel: by.token,
 		Pin: t.pin, MaxSessions: sessions + 1,
@@ -67,6 +70,23 @@ func (m *module) connect(t *Token) (*connection, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// limit lowers a wish for signing sessions to what the token in slot allows,
+// less the extra ones. The library is initialised.
+func (m *module) limit(slot uint, wish int) (int, error) {
+	info, err := m.handle().GetTokenInfo(slot)
+	if err != nil {
+		return 0, fmt.Errorf("read token: %w", classify(err))
+	}
+	most := info.MaxRwSessionCount
+	if most == pkcs11.CK_EFFECTIVELY_INFINITE || most == pkcs11.CK_UNAVAILABLE_INFORMATION {
+		return wish, nil
+	}
+	if most <= extraSessions {
+		return 0, fmt.Errorf("token allows %d sessions, want %d: %w", most, extraSessions+1, hsm.ErrUnsupported)
+	}
+	return int(min(uint(wish), most-extraSessions)), nil
 }
 
 // innerHandle returns the library handle that crypto11 keeps to itself. Object

@@ -540,6 +540,43 @@ func TestWedged(t *testing.T) {
 	}
 }
 
+// TestSessionLimit: the token's own limit bounds the calls inside it, and
+// calls overlap up to it.
+func TestSessionLimit(t *testing.T) {
+	shim := hsmtest.NewShim(t)
+	token := shim.NewToken(t)
+	cfg := pkcs11.Config{Module: token.Module, URI: token.URI, PIN: token.PIN}
+	for _, most := range []int{1, 2} {
+		shim.MaxSessions(most)
+		_, err := pkcs11.Open(t.Context(), cfg)
+		wants(t, token, fmt.Sprintf("%d sessions", most), err, hsm.ErrUnsupported)
+	}
+	shim.MaxSessions(5)
+	opened, err := pkcs11.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := opened.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	f := fixture{shim: shim, token: token, open: opened, key: hsmtest.NewKey(t, opened, "key", hsm.ECDSAP256)}
+	shim.Delay(5000)
+	var wg sync.WaitGroup
+	for range 24 {
+		wg.Go(func() {
+			if err := f.sign(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if got := shim.Peak(); got != 3 {
+		t.Errorf("%d calls at once, want 3", got)
+	}
+}
+
 // TestHungRecovery: a module that hangs while it is reopened is wedged after
 // the deadline, and callers learn it without waiting.
 func TestHungRecovery(t *testing.T) {

@@ -31,7 +31,7 @@ enum { GET_TOKEN_INFO = 6, OPEN_SESSION = 12, LOGIN = 18, GET_ATTRIBUTE = 24,
 
 enum { W_LOGINS, W_SIGNS, W_DELAY_US, W_HANG, W_CORRUPT_EVERY, W_RUNNING,
 	W_PEAK, W_TOKEN_FLAGS, W_FAIL_FUNCTION, W_FAIL_RV, W_FAIL_COUNT,
-	W_CORRUPTED, W_FAILED, W_WORDS };
+	W_CORRUPTED, W_FAILED, W_MAX_SESSIONS, W_WORDS };
 
 static struct list *real;
 static struct list ours;
@@ -72,6 +72,9 @@ static rv_t get_token_info(ulong_t slot, unsigned char *info)
 		if (flags & 0x400) /* CKF_TOKEN_INITIALIZED */
 			flags |= atomic_load(&words[W_TOKEN_FLAGS]);
 		memcpy(info + 96, &flags, sizeof flags);
+		ulong_t most = atomic_load(&words[W_MAX_SESSIONS]);
+		if (most) /* ulMaxRwSessionCount, after two counts */
+			memcpy(info + 120, &most, sizeof most);
 	}
 	return rv;
 }
