@@ -197,6 +197,7 @@ func TestRefusedReads(t *testing.T) {
 		{"consistency backwards", "/ct/v1/get-sth-consistency?first=5&second=1", 400},
 		{"consistency from a negative size", "/ct/v1/get-sth-consistency?first=-1&second=5", 400},
 		{"consistency beyond the tree", "/ct/v1/get-sth-consistency?first=1&second=6", 400},
+		{"consistency from nothing to beyond the tree", "/ct/v1/get-sth-consistency?first=0&second=6", 400}, // ctfe: 200, proves nothing
 		{"entry and proof beyond the tree", "/ct/v1/get-entry-and-proof?leaf_index=0&tree_size=6", 400},
 		{"entry and proof of no leaf", "/ct/v1/get-entry-and-proof?leaf_index=5&tree_size=5", 400},
 		{"entry and proof without an index", "/ct/v1/get-entry-and-proof?tree_size=5", 400},

@@ -445,6 +445,12 @@ func TestCheckpointAndTreeHeadShareOneSignature(t *testing.T) {
 	if signed.Size != 3 {
 		t.Errorf("head of size %d", signed.Size)
 	}
+	for _, path := range []string{"/ct/v1/get-sth", "/ct/v1/get-roots", "/ct/v1/get-entries?start=0&end=2", "/tile/data/000.p/3"} {
+		resp, _ := f.get(t, path)
+		if again, body := f.get(t, path, `"other", W/`+resp.Header.Get("ETag")); again.StatusCode != http.StatusNotModified || len(body) > 0 {
+			t.Errorf("%s that the client has: %d", path, again.StatusCode)
+		}
+	}
 	if resp, _ := f.get(t, "/checkpoint", resp.Header.Get("ETag")); resp.StatusCode != http.StatusNotModified {
 		t.Errorf("checkpoint that the client has: %d", resp.StatusCode)
 	}

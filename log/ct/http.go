@@ -271,11 +271,16 @@ func matches(field, tag string) bool {
 	return false
 }
 
-// writeJSON answers as ctfe does: application/json and one line.
+// writeJSON answers as ctfe does: application/json and one line. What is read
+// has an entity tag; what is submitted has none.
 func writeJSON(c echo.Context, cache string, v any) error {
 	var body bytes.Buffer
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
 		return fmt.Errorf("encode answer: %w", err)
 	}
-	return blob(c, echo.MIMEApplicationJSON, cache, "", body.Bytes())
+	tag := ""
+	if c.Request().Method != http.MethodPost {
+		tag = string(etag(body.Bytes()))
+	}
+	return blob(c, echo.MIMEApplicationJSON, cache, tag, body.Bytes())
 }

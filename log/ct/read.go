@@ -2,12 +2,12 @@ package ct
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
+	"net/http"
 	"strconv"
-
-	"crypto/sha256"
 
 	ct "github.com/google/certificate-transparency-go"
 	"github.com/google/certificate-transparency-go/tls"
@@ -38,7 +38,8 @@ func (l *Log) getSTH(c echo.Context) error {
 	})
 }
 
-// getConsistency serves RFC 6962, Section 4.4.
+// getConsistency serves RFC 6962, Section 4.4. Both sizes must be of published
+// heads; ctfe answers first = 0 with an empty proof to any second.
 func (l *Log) getConsistency(c echo.Context) error {
 	first, err := number(c, "first")
 	if err != nil {
@@ -219,7 +220,7 @@ func (l *Log) getTile(c echo.Context) error {
 	path := c.Param("*")
 	p, err := tree.ParseTilePath(path, "data")
 	if err != nil {
-		return &failure{status: 400, public: "not a tile path", err: err}
+		return &failure{status: http.StatusBadRequest, public: "not a tile path", err: err}
 	}
 	signed, err := l.latest()
 	if err != nil {
