@@ -40,7 +40,9 @@ var importRules = map[string][]string{
 	"ceremony":       {"hsm", "ca/profile", "ceremony/trust"},
 	"ceremony/trust": {"hsm"},
 
+	// For tests; TestTestPackages keeps them out of the programs.
 	"ca/identity/oidctest": {},
+	"ca/internal/catest":   {"hsm", "hsm/hsmtest", "ca", "ca/profile"},
 }
 
 // forbidden lists imports that a package must not reach, directly or not.
@@ -93,13 +95,21 @@ func TestForbiddenDependencies(t *testing.T) {
 	}
 }
 
-// TestProviderIsNotInServe: the demo's identity provider approves everybody;
-// only the demo command and tests may reach it.
-func TestProviderIsNotInServe(t *testing.T) {
+// TestTestPackages: what exists for tests is in no program, but for the demo's
+// identity provider, which the demo command alone may reach: it approves
+// everybody.
+func TestTestPackages(t *testing.T) {
+	const provider, demo = "ca/identity/oidctest", "cmd/chancery/internal/demo"
 	for _, p := range list(t) {
 		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
-		if slices.Contains(p.Imports, module+"/ca/identity/oidctest") && name != "cmd/chancery/internal/demo" {
-			t.Errorf("%s imports the demo's identity provider", name)
+		for _, imp := range p.Imports {
+			rel, ours := strings.CutPrefix(imp, module+"/")
+			if !ours || !strings.HasSuffix(rel, "test") || strings.HasSuffix(name, "test") {
+				continue
+			}
+			if rel != provider || name != demo {
+				t.Errorf("%s imports %s, which is for tests", name, rel)
+			}
 		}
 	}
 }
