@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 )
 
 // cpuTime is the processor time of this process so far.
-func cpuTime(b *testing.B) time.Duration {
+func cpuTime(b testing.TB) time.Duration {
 	b.Helper()
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
@@ -51,4 +52,46 @@ func BenchmarkIntegrate(b *testing.B) {
 			b.ReportMetric(float64(info.Size())/float64(b.N)-1024, "overhead-B/leaf")
 		})
 	}
+}
+
+// TestGrowth builds a log of CHANCERY_GROWTH_LEAVES leaves of 1 KiB and states
+// what a leaf costs as the log grows, and how long opening it takes.
+func TestGrowth(t *testing.T) {
+	n, err := strconv.Atoi(os.Getenv("CHANCERY_GROWTH_LEAVES"))
+	if err != nil {
+		t.Skip("set CHANCERY_GROWTH_LEAVES to a number of leaves (1,100 octets of disk each)")
+	}
+	r := newRig(t, trillian.TreeType_LOG, Options{})
+	step := max(1, n/10)
+	for from := 0; from < n; from += step {
+		start, cpu := time.Now(), cpuTime(t)
+		bulk(r, from, min(n, from+step), 1024, 1024)
+		took, used := time.Since(start), cpuTime(t)-cpu
+		info, err := os.Stat(r.s.treePath(r.tree.TreeId))
+		if err != nil {
+			t.Fatal(err)
+		}
+		size := r.root().TreeSize
+		t.Logf("%9d leaves: %6.0f leaves/s, %5.1f µs CPU and %4.0f octets beyond its own for each; peak RSS %d MiB",
+			size, float64(step)/took.Seconds(), float64(used.Microseconds())/float64(step), float64(info.Size())/float64(size)-1024, peakRSS(t)>>20)
+	}
+	if err := r.s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	s := mustOpen(t, r.s.dir, Options{})
+	t.Logf("opened in %v", time.Since(start))
+	if _, err := s.ReadTile(t.Context(), r.tree.TreeId, 0, 0, 256); err != nil {
+		t.Error(err)
+	}
+}
+
+// peakRSS is the most memory that this process had, in octets.
+func peakRSS(t testing.TB) int64 {
+	t.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return u.Maxrss << 10
 }

@@ -206,16 +206,17 @@ func childHold(dir string) error {
 	return err
 }
 
-// child starts the test binary in a mode; its output is read line by line.
-func child(t *testing.T, mode, dir string) (*exec.Cmd, *bufio.Scanner) {
+// child starts the test binary in a mode, under a command if one is given; its
+// output is read line by line.
+func child(t *testing.T, mode, dir string, under ...string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self)
+	args := append(under, self)
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), childMode+"="+mode, childDir+"="+dir)
-	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -229,27 +230,63 @@ func child(t *testing.T, mode, dir string) (*exec.Cmd, *bufio.Scanner) {
 	return cmd, bufio.NewScanner(out)
 }
 
-// TestKill kills a process that appends, at random moments, and looks at what
-// is left each time: nothing acknowledged is lost, and every batch is whole.
+// acks reads what the child acknowledges, at most n times (all if negative).
+func acks(t *testing.T, lines *bufio.Scanner, n int) (acked uint64) {
+	t.Helper()
+	for ; n != 0 && lines.Scan(); n-- {
+		size, err := strconv.ParseUint(lines.Text(), 10, 64)
+		if err != nil {
+			t.Fatalf("child says %q", lines.Text())
+		}
+		acked = size
+	}
+	return acked
+}
+
+// survived opens what a child left: nothing that it acknowledged is lost, and
+// every batch is whole.
+func survived(t *testing.T, dir string, acked uint64) {
+	t.Helper()
+	s, tree, err := openTreeIn(dir)
+	if err != nil {
+		t.Fatalf("open: %v", err)
+	}
+	_, size, err := digest(s, tree)
+	if err != nil {
+		t.Errorf("read back: %v", err)
+	}
+	if size < acked {
+		t.Errorf("%d leaves, %d were acknowledged", size, acked)
+	}
+	if size > 0 {
+		l, err := s.LeafByIdentity(context.Background(), tree.TreeId, testLeaf(int(size-1), true).LeafIdentityHash)
+		if err != nil || l.GetLeafIndex() != int64(size-1) {
+			t.Errorf("last leaf: %v, %v", l, err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// tortureRounds is how often a fault is repeated: few times, or as often as
+// CHANCERY_TORTURE_ROUNDS says.
+func tortureRounds(few int) int {
+	if n, err := strconv.Atoi(os.Getenv("CHANCERY_TORTURE_ROUNDS")); err == nil {
+		return n
+	}
+	return few
+}
+
+// TestKill kills a process that appends, at random moments.
 func TestKill(t *testing.T) {
 	r := newRig(t, trillian.TreeType_LOG, Options{})
 	if err := r.s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	rounds := 10
-	if n, err := strconv.Atoi(os.Getenv("CHANCERY_TORTURE_ROUNDS")); err == nil {
-		rounds = n
-	}
-	for range rounds {
+	for range tortureRounds(8) {
 		cmd, lines := child(t, "append", r.s.dir)
-		acked := uint64(0)
-		for stop := rand.IntN(40); stop >= 0 && lines.Scan(); stop-- {
-			n, err := strconv.ParseUint(lines.Text(), 10, 64)
-			if err != nil {
-				t.Fatalf("child says %q", lines.Text())
-			}
-			acked = n
-		}
+		acked := acks(t, lines, 1+rand.IntN(30))
 		// The child goes on; a busy wait makes the moment arbitrary.
 		for i := rand.IntN(2_000_000); i > 0; i-- {
 			_ = sha256.Size * i
@@ -257,32 +294,45 @@ func TestKill(t *testing.T) {
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		for lines.Scan() { // acknowledged before it died
-			if n, err := strconv.ParseUint(lines.Text(), 10, 64); err == nil {
-				acked = n
-			}
-		}
+		acked = max(acked, acks(t, lines, -1))
 		_ = cmd.Wait()
-		s, tree, err := openTreeIn(r.s.dir)
-		if err != nil {
-			t.Fatalf("open after kill: %v", err)
-		}
-		_, size, err := digest(s, tree)
-		if err != nil {
-			t.Errorf("after kill: %v", err)
-		}
-		if size < acked {
-			t.Errorf("after kill: %d leaves, %d were acknowledged", size, acked)
-		}
-		if size > 0 {
-			l, err := s.LeafByIdentity(context.Background(), tree.TreeId, testLeaf(int(size-1), true).LeafIdentityHash)
-			if err != nil || l == nil || l.LeafIndex != int64(size-1) {
-				t.Errorf("last leaf after kill: %v, %v", l, err)
+		survived(t, r.s.dir, acked)
+	}
+}
+
+// TestSyscallFaults stops a process that appends at the N-th write or sync, or
+// makes them fail from there on. A failure must stop it: an acknowledgement
+// after a sync that failed would be worth nothing.
+func TestSyscallFaults(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("strace is not installed")
+	}
+	if out, err := exec.Command(strace, "-qq", "-o", "/dev/null", "/bin/true").CombinedOutput(); err != nil {
+		t.Skipf("strace does not work here: %s", out)
+	}
+	r := newRig(t, trillian.TreeType_LOG, Options{})
+	if err := r.s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, inject := range []string{
+		"pwrite64:signal=KILL:when=%d",
+		"fsync,fdatasync:signal=KILL:when=%d",
+		"fsync,fdatasync:error=EIO:when=%d+",
+		"pwrite64:error=EIO:when=%d+",
+		"pwrite64:error=ENOSPC:when=%d+",
+	} {
+		t.Run(inject, func(t *testing.T) {
+			for range tortureRounds(2) {
+				what := fmt.Sprintf(inject, 1+rand.IntN(60))
+				cmd, lines := child(t, "append", r.s.dir, strace, "-f", "-qq", "-o", "/dev/null",
+					"-e", "trace=pwrite64,fsync,fdatasync", "-e", "signal=none", "-e", "inject="+what)
+				acked := acks(t, lines, -1)
+				_ = cmd.Wait()
+				t.Logf("%s: %d acknowledged", what, acked)
+				survived(t, r.s.dir, acked)
 			}
-		}
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
+		})
 	}
 }
 
