@@ -64,7 +64,8 @@ var (
 )
 
 // SCTSource is the log that the authority needs. Its errors, and those of its
-// Promises, wrap ErrBusy or hsm.ErrBusy where trying again helps.
+// Promises, wrap ErrBusy or ErrUnavailable (or hsm's ErrBusy or ErrLost) where
+// trying again helps; any other is ErrLog.
 type SCTSource interface {
 	// Promise has an SCT signed for a precertificate whose TBSCertificate
 	// without poison is tbs, under the issuer with that key hash (RFC 6962,

@@ -57,13 +57,13 @@ func request(t testing.TB) ca.Request {
 // for the path, certificate-transparency-go for the SCT, Fulcio and sigstore-go
 // for the extensions.
 func TestIssue(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	req := request(t)
-	got, err := catest.Authority(t, f.Config()).Issue(t.Context(), req)
+	got, err := authority(t, f.Config()).Issue(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, m := f.Key.Count(), f.Log.Key.Count(); n != 2 || m != 1 {
+	if n, m := f.Key.Count(), f.LogKey.Count(); n != 2 || m != 1 {
 		t.Errorf("%d signatures by the CA and %d by the log, want 2 and 1", n, m)
 	}
 	leaf, err := x509.ParseCertificate(got.DER)
@@ -100,7 +100,7 @@ func TestIssue(t *testing.T) {
 	checkPrecert(t, f, leaves[0], leaf)
 }
 
-func checkPath(t *testing.T, f *catest.Fixture, leaf *x509.Certificate) {
+func checkPath(t *testing.T, f *fixture, leaf *x509.Certificate) {
 	t.Helper()
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	roots.AddCert(f.Chain[1])
@@ -113,7 +113,7 @@ func checkPath(t *testing.T, f *catest.Fixture, leaf *x509.Certificate) {
 	}
 }
 
-func checkSCT(t *testing.T, f *catest.Fixture, cert *ca.Certificate) {
+func checkSCT(t *testing.T, f *fixture, cert *ca.Certificate) {
 	t.Helper()
 	var chain []*ctx509.Certificate
 	for _, der := range [][]byte{cert.DER, f.Chain[0].Raw} {
@@ -127,12 +127,12 @@ func checkSCT(t *testing.T, f *catest.Fixture, cert *ca.Certificate) {
 	if err != nil || len(scts) != 1 {
 		t.Fatalf("%d SCTs, %v", len(scts), err)
 	}
-	if err := ctutil.VerifySCT(f.Log.Key.Public(), chain, scts[0], true); err != nil {
+	if err := ctutil.VerifySCT(f.LogKey.Public(), chain, scts[0], true); err != nil {
 		t.Error(err)
 	}
 }
 
-func checkPEM(t *testing.T, f *catest.Fixture, cert *ca.Certificate) {
+func checkPEM(t *testing.T, f *fixture, cert *ca.Certificate) {
 	t.Helper()
 	want := [][]byte{cert.DER, f.Chain[0].Raw, f.Chain[1].Raw}
 	if len(cert.PEM) != len(want) {
@@ -147,7 +147,7 @@ func checkPEM(t *testing.T, f *catest.Fixture, cert *ca.Certificate) {
 }
 
 // checkPrecert: what the log holds is signed by the CA and is the leaf without SCT.
-func checkPrecert(t *testing.T, f *catest.Fixture, entry catest.Leaf, leaf *x509.Certificate) {
+func checkPrecert(t *testing.T, f *fixture, entry catest.Leaf, leaf *x509.Certificate) {
 	t.Helper()
 	precert, err := x509.ParseCertificate(entry.Precert)
 	if err != nil {
@@ -172,8 +172,8 @@ func checkPrecert(t *testing.T, f *catest.Fixture, entry catest.Leaf, leaf *x509
 // TestIssueInHardware: the same with both keys in a token, many at a time.
 func TestIssueInHardware(t *testing.T) {
 	token := hsmtest.SoftHSM(t)
-	f := catest.With(t, hsmtest.NewKey(t, token, "ca", hsm.ECDSAP256), hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
-	a := catest.Authority(t, f.Config())
+	f := withKeys(t, hsmtest.NewKey(t, token, "ca", hsm.ECDSAP256), hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
+	a := authority(t, f.Config())
 	const clients, each = 8, 4
 	var all sync.WaitGroup
 	for range clients {
@@ -198,7 +198,7 @@ func TestIssueInHardware(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if n := f.Key.Count() + f.Log.Key.Count(); n != 3*clients*each {
+	if n := f.Key.Count() + f.LogKey.Count(); n != 3*clients*each {
 		t.Errorf("%d hardware signatures for %d certificates", n, clients*each)
 	}
 	serials := map[string]bool{}
@@ -264,7 +264,7 @@ func (k *meetingKey) SignContext(ctx context.Context, digest []byte, opts crypto
 // same time, certificate and commit go on at the same time. If either pair
 // were one after the other this would end by its deadline.
 func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	first, second := meet(2), meet(2)
 	key := &meetingKey{Key: f.Key, next: make(chan *meeting, 2)}
 	key.next <- first
@@ -275,14 +275,14 @@ func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
 	cfg.Key = key
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if _, err := catest.Authority(t, cfg).Issue(ctx, request(t)); err != nil {
+	if _, err := authority(t, cfg).Issue(ctx, request(t)); err != nil {
 		t.Error(err)
 	}
 }
 
 // TestNothingBeforeDurable: a certificate that is signed waits for its leaf.
 func TestNothingBeforeDurable(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	committing, durable := make(chan struct{}), make(chan struct{})
 	f.Log.OnCommit = func(context.Context) error {
 		close(committing)
@@ -290,7 +290,7 @@ func TestNothingBeforeDurable(t *testing.T) {
 		return nil
 	}
 	done := make(chan error)
-	a, req := catest.Authority(t, f.Config()), request(t)
+	a, req := authority(t, f.Config()), request(t)
 	go func() {
 		_, err := a.Issue(context.Background(), req)
 		done <- err
@@ -316,59 +316,59 @@ func TestIssueRefusals(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name    string
-		change  func(f *catest.Fixture, cfg *ca.Config, req *ca.Request)
+		change  func(f *fixture, cfg *ca.Config, req *ca.Request)
 		want    error
 		commits int
 	}{
-		{"clock refuses", func(_ *catest.Fixture, c *ca.Config, _ *ca.Request) {
+		{"clock refuses", func(_ *fixture, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) { return time.Time{}, down }
 		}, ca.ErrUnavailable, 0},
-		{"before the CA's time", func(_ *catest.Fixture, c *ca.Config, _ *ca.Request) {
+		{"before the CA's time", func(_ *fixture, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) { return catest.Start.Add(-time.Second), nil }
 		}, ca.ErrCA, 0},
-		{"ten minutes before the CA's end", func(_ *catest.Fixture, c *ca.Config, _ *ca.Request) {
+		{"ten minutes before the CA's end", func(_ *fixture, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) {
 				return catest.Start.AddDate(1, 0, 0).Add(-10*time.Minute + time.Second), nil
 			}
 		}, ca.ErrCA, 0},
-		{"no principal", func(_ *catest.Fixture, _ *ca.Config, r *ca.Request) { r.Principal = nil }, ca.ErrIdentity, 0},
-		{"no key", func(_ *catest.Fixture, _ *ca.Config, r *ca.Request) { r.Public = nil }, ca.ErrIdentity, 0},
-		{"name that cannot be certified", func(_ *catest.Fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "a\x00b@example.com" }, ca.ErrIdentity, 0},
-		{"no issuer", func(_ *catest.Fixture, _ *ca.Config, r *ca.Request) { r.Principal.Extensions.Issuer = "" }, ca.ErrIdentity, 0},
+		{"no principal", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal = nil }, ca.ErrIdentity, 0},
+		{"no key", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Public = nil }, ca.ErrIdentity, 0},
+		{"name that cannot be certified", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "a\x00b@example.com" }, ca.ErrIdentity, 0},
+		{"no issuer", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.Extensions.Issuer = "" }, ca.ErrIdentity, 0},
 		{"CA key busy", failing(hsm.ErrBusy), ca.ErrBusy, 0},
 		{"CA key lost", failing(hsm.ErrLost), ca.ErrUnavailable, 0},
 		{"CA key signs wrongly", failing(hsm.ErrBadSignature), ca.ErrCA, 0},
-		{"log does not promise", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"log does not promise", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnPromise = func(context.Context, []byte) error { return down }
 		}, ca.ErrLog, 0},
-		{"log key busy", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"log key busy", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnPromise = func(context.Context, []byte) error { return hsm.ErrBusy }
 		}, ca.ErrBusy, 0},
-		{"log queue full", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"log queue full", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return ca.ErrBusy }
 		}, ca.ErrBusy, 0},
-		{"leaf not durable", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"leaf not durable", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return down }
 		}, ca.ErrLog, 0},
-		{"log too slow", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"log too slow", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return context.DeadlineExceeded }
 		}, ca.ErrUnavailable, 0},
-		{"SCT with a wrong signature", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) { f.Log.Tamper = flip }, ca.ErrLog, 0},
-		{"SCT cut", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"SCT with a wrong signature", func(f *fixture, _ *ca.Config, _ *ca.Request) { f.Log.Tamper = flip }, ca.ErrLog, 0},
+		{"SCT cut", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.Tamper = func(sct []byte) []byte { return sct[:40] }
 		}, ca.ErrLog, 0},
-		{"no SCT", func(f *catest.Fixture, _ *ca.Config, _ *ca.Request) {
+		{"no SCT", func(f *fixture, _ *ca.Config, _ *ca.Request) {
 			f.Log.Tamper = func([]byte) []byte { return nil }
 		}, ca.ErrLog, 0},
-		{"SCT by another log", func(f *catest.Fixture, c *ca.Config, _ *ca.Request) {
+		{"SCT by another log", func(f *fixture, c *ca.Config, _ *ca.Request) {
 			c.LogKey = hsmtest.SoftwareKey(hsm.ECDSAP256).Public()
 		}, ca.ErrLog, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			f := catest.New(t)
+			f := newFixture(t)
 			cfg, req := f.Config(), request(t)
 			test.change(f, &cfg, &req)
-			got, err := catest.Authority(t, cfg).Issue(t.Context(), req)
+			got, err := authority(t, cfg).Issue(t.Context(), req)
 			if !errors.Is(err, test.want) || got != nil {
 				t.Errorf("%v, err %v, want %v", got, err, test.want)
 			}
@@ -379,8 +379,8 @@ func TestIssueRefusals(t *testing.T) {
 	}
 }
 
-func failing(err error) func(*catest.Fixture, *ca.Config, *ca.Request) {
-	return func(f *catest.Fixture, c *ca.Config, _ *ca.Request) {
+func failing(err error) func(*fixture, *ca.Config, *ca.Request) {
+	return func(f *fixture, c *ca.Config, _ *ca.Request) {
 		key := &hsmtest.Failing{Key: f.Key}
 		key.Fail(err)
 		c.Key = key
@@ -389,7 +389,7 @@ func failing(err error) func(*catest.Fixture, *ca.Config, *ca.Request) {
 
 // TestSwappedSCT: an SCT that the log made for another certificate is refused.
 func TestSwappedSCT(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	var first []byte
 	f.Log.Tamper = func(sct []byte) []byte {
 		if first == nil {
@@ -397,7 +397,7 @@ func TestSwappedSCT(t *testing.T) {
 		}
 		return first
 	}
-	a := catest.Authority(t, f.Config())
+	a := authority(t, f.Config())
 	if _, err := a.Issue(t.Context(), request(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -412,7 +412,7 @@ func TestSwappedSCT(t *testing.T) {
 
 // TestFinalSignatureFails: the leaf may be in the log, the certificate is not released.
 func TestFinalSignatureFails(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	key := &hsmtest.Failing{Key: f.Key}
 	f.Log.Tamper = func(sct []byte) []byte {
 		key.Fail(hsm.ErrLost) // from here on; the precertificate's may be refused as well
@@ -420,13 +420,13 @@ func TestFinalSignatureFails(t *testing.T) {
 	}
 	cfg := f.Config()
 	cfg.Key = key
-	if got, err := catest.Authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrUnavailable) || got != nil {
+	if got, err := authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrUnavailable) || got != nil {
 		t.Errorf("%v, err %v", got, err)
 	}
 }
 
 func TestBusyAtOnce(t *testing.T) {
-	f := catest.New(t)
+	f := newFixture(t)
 	inside := make(chan struct{})
 	f.Log.OnCommit = func(ctx context.Context) error {
 		inside <- struct{}{}
@@ -435,7 +435,7 @@ func TestBusyAtOnce(t *testing.T) {
 	}
 	cfg := f.Config()
 	cfg.MaxConcurrent = 1
-	a := catest.Authority(t, cfg)
+	a := authority(t, cfg)
 	ctx, cancel := context.WithCancel(t.Context())
 	done, req := make(chan error), request(t)
 	go func() {
@@ -457,7 +457,7 @@ func TestBusyAtOnce(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	f, other := catest.New(t), catest.New(t)
+	f, other := newFixture(t), newFixture(t)
 	for name, change := range map[string]func(*ca.Config){
 		"no key":                  func(c *ca.Config) { c.Key = nil },
 		"no log":                  func(c *ca.Config) { c.SCTs = nil },
@@ -481,9 +481,9 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-func issued(t *testing.T, f *catest.Fixture) *x509.Certificate {
+func issued(t *testing.T, f *fixture) *x509.Certificate {
 	t.Helper()
-	got, err := catest.Authority(t, f.Config()).Issue(t.Context(), request(t))
+	got, err := authority(t, f.Config()).Issue(t.Context(), request(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -497,13 +497,13 @@ func issued(t *testing.T, f *catest.Fixture) *x509.Certificate {
 // BenchmarkIssue is the pipeline with software keys and a log in memory: what
 // is left when token, network and disk cost nothing.
 func BenchmarkIssue(b *testing.B) {
-	f := catest.New(b)
-	a, req := catest.Authority(b, f.Config()), request(b)
+	f := newFixture(b)
+	a, req := authority(b, f.Config()), request(b)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := a.Issue(b.Context(), req); err != nil {
 			b.Fatal(err)
 		}
 	}
-	b.ReportMetric(float64(f.Key.Count()+f.Log.Key.Count())/float64(b.N), "signatures/op")
+	b.ReportMetric(float64(f.Key.Count()+f.LogKey.Count())/float64(b.N), "signatures/op")
 }

@@ -168,7 +168,7 @@ func TestDialGuard(t *testing.T) {
 		"8.8.8.8": true, "2606:4700::1111": true,
 		"127.0.0.1": false, "::1": false, "0.0.0.0": false, "::": false,
 		"10.1.2.3": false, "172.16.0.1": false, "192.168.1.1": false, "100.64.0.1": false,
-		"169.254.169.254": false, "fe80::1": false, "fd00::1": false, "fec0::1": true, // site-local is deprecated and unrouted
+		"169.254.169.254": false, "fe80::1": false, "fd00::1": false, "fec0::1": false,
 		"224.0.0.1": false, "ff02::1": false, "255.255.255.255": false, "240.0.0.1": false,
 		"::ffff:10.0.0.1": false, "::ffff:127.0.0.1": false, "64:ff9b::a00:1": false, "2002:a00:1::": false,
 		"198.18.0.1": false, "192.0.2.1": false, "::7f00:1": false, "2001:db8::1": false,

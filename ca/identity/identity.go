@@ -46,8 +46,10 @@ var (
 	// certificate.
 	ErrMapping = errors.New("identity cannot be certified")
 	// ErrUnavailable: no key of the issuer is known because the issuer could
-	// not be reached, or the clock refuses.
+	// not be reached.
 	ErrUnavailable = errors.New("identity provider not available")
+	// ErrClock: the clock refuses to say what time it is.
+	ErrClock = errors.New("clock not available")
 	// ErrConfig: the configuration contradicts itself or asks for what is not
 	// supported.
 	ErrConfig = errors.New("identity configuration refused")
@@ -70,7 +72,7 @@ type Principal struct {
 // Options are what the verifier needs beside the issuers.
 type Options struct {
 	// Now is the clock against which tokens are checked. Required. An error
-	// refuses every token with ErrUnavailable.
+	// refuses every token with ErrClock.
 	Now func() (time.Time, error)
 	// Logger gets a line when an issuer's keys could not be fetched; nil
 	// discards.
@@ -157,11 +159,11 @@ type IssuerHealth struct {
 
 // Verify authenticates a raw ID token (a compact JWS, RFC 7515, Section 7.1).
 // It waits for the network only when the token's key is not known, and then
-// for at most 2 s. Errors: ErrToken, ErrMapping, ErrUnavailable.
+// for at most 2 s. Errors: ErrToken, ErrMapping, ErrUnavailable, ErrClock.
 func (v *Verifier) Verify(ctx context.Context, raw string) (*Principal, error) {
 	now, err := v.now()
 	if err != nil {
-		return nil, fmt.Errorf("read clock: %w: %w", ErrUnavailable, err)
+		return nil, fmt.Errorf("%w: %w", ErrClock, err)
 	}
 	t, err := parseToken(raw)
 	if err != nil {

@@ -15,19 +15,32 @@ import (
 	"errors"
 	"math/big"
 	"strings"
+	"sync"
 	"testing"
 )
 
 const challenge = "alice@example.com"
 
-// keys of every kind, made once: RSA generation is slow.
+// clientKeys is a key of every kind.
 type clientKeys struct {
-	p224, p256, p384, p521           *ecdsa.PrivateKey
-	rsa1024, rsa2048, rsa3072, other *rsa.PrivateKey
-	ed                               ed25519.PrivateKey
+	p224, p256, p384, p521    *ecdsa.PrivateKey
+	rsa1024, rsa2048, rsa3072 *rsa.PrivateKey
+	ed                        ed25519.PrivateKey
 }
 
+// makeKeys makes them once: RSA generation is slow.
 func makeKeys(t testing.TB) clientKeys {
+	t.Helper()
+	onceKeys.Do(func() { allKeys = generateKeys(t) })
+	return allKeys
+}
+
+var (
+	onceKeys sync.Once
+	allKeys  clientKeys
+)
+
+func generateKeys(t testing.TB) clientKeys {
 	t.Helper()
 	ec := func(c elliptic.Curve) *ecdsa.PrivateKey {
 		k, err := ecdsa.GenerateKey(c, rand.Reader)
@@ -49,7 +62,7 @@ func makeKeys(t testing.TB) clientKeys {
 	}
 	return clientKeys{
 		p224: ec(elliptic.P224()), p256: ec(elliptic.P256()), p384: ec(elliptic.P384()), p521: ec(elliptic.P521()),
-		rsa1024: rs(1024), rsa2048: rs(2048), rsa3072: rs(3072), other: rs(2048), ed: ed,
+		rsa1024: rs(1024), rsa2048: rs(2048), rsa3072: rs(3072), ed: ed,
 	}
 }
 

@@ -54,6 +54,7 @@ var failures = []struct {
 	{errMethod, failure{http.StatusNotImplemented, codes.Unimplemented, "Method Not Allowed", 0}},
 	{ca.ErrBusy, failure{http.StatusServiceUnavailable, codes.Unavailable, "The certificate authority is busy; try again", 1}},
 	{ca.ErrUnavailable, failure{http.StatusServiceUnavailable, codes.Unavailable, "The certificate authority is not available; try again", 2}},
+	{identity.ErrClock, failure{http.StatusServiceUnavailable, codes.Unavailable, "The certificate authority is not available; try again", 2}},
 	{identity.ErrUnavailable, failure{http.StatusServiceUnavailable, codes.Unavailable, "The identity provider is not available; try again", 2}},
 	{ca.ErrLog, failure{http.StatusInternalServerError, codes.Internal, "Error entering certificate in CTL", 0}},
 	{ca.ErrCA, failure{http.StatusInternalServerError, codes.Internal, "error communicating with CA backend", 0}},

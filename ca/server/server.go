@@ -193,6 +193,9 @@ func (s *Server) issue(ctx context.Context, msg *fulcio.CreateSigningCertificate
 // readRequest reads the body, protobuf's JSON with both forms of names and
 // unknown fields discarded. No body is an empty message.
 func readRequest(c echo.Context) (*fulcio.CreateSigningCertificateRequest, error) {
+	if c.Request().ContentLength > MaxBody {
+		return nil, errTooLarge
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), c.Request().Body, MaxBody))
 	if err != nil {
 		var tooLarge *http.MaxBytesError

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -42,7 +43,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // house is a server with everything behind it, and its log.
 type house struct {
-	*catest.Fixture
+	*fixture
 	echo *echo.Echo
 	idp  *oidctest.Provider
 	gh   *oidctest.Provider // its tokens are of type github-workflow
@@ -52,7 +53,7 @@ type house struct {
 
 func build(t testing.TB, change func(*ca.Config)) *house {
 	t.Helper()
-	h := &house{Fixture: catest.New(t), echo: echo.New(), log: &bytes.Buffer{}}
+	h := &house{fixture: newFixture(t), echo: echo.New(), log: &bytes.Buffer{}}
 	var err error
 	if h.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
@@ -71,7 +72,7 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	}
 	t.Cleanup(verifier.Close)
 	s, err := New(Config{
-		Authority: catest.Authority(t, cfg), Identity: verifier,
+		Authority: authority(t, cfg), Identity: verifier,
 		Logger: slog.New(slog.NewTextHandler(h.log, nil)),
 	})
 	if err != nil {
@@ -81,12 +82,19 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	return h
 }
 
+// providerKey is one for all tests: generation is slow.
+var providerKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+
 func serveIDP(t testing.TB) *oidctest.Provider {
 	t.Helper()
 	srv := httptest.NewServer(nil)
 	t.Cleanup(srv.Close)
+	key, err := providerKey()
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := oidctest.New(oidctest.Config{
-		Issuer: srv.URL, Subject: "alice-id", Email: "alice@example.com",
+		Issuer: srv.URL, Key: key, Subject: "alice-id", Email: "alice@example.com",
 		Now: func() time.Time { return catest.Noon },
 	})
 	srv.Config.Handler = p
@@ -406,9 +414,9 @@ func TestServerFaults(t *testing.T) {
 		retry   string
 	}{
 		{"CA backend", func(c *ca.Config) { c.Now = late }, 500, 13, "error communicating with CA backend", ""},
-		{"CT submission", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return down } }, 500, 13, "Error entering certificate in CTL", ""},
-		{"token busy", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return hsm.ErrBusy } }, 503, 14, "The certificate authority is busy; try again", "1"},
-		{"token lost", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return hsm.ErrLost } }, 503, 14, "The certificate authority is not available; try again", "2"},
+		{"CT submission", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return down } }, 500, 13, "Error entering certificate in CTL", ""},
+		{"token busy", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return hsm.ErrBusy } }, 503, 14, "The certificate authority is busy; try again", "1"},
+		{"token lost", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return hsm.ErrLost } }, 503, 14, "The certificate authority is not available; try again", "2"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := build(t, test.change)
@@ -432,7 +440,7 @@ func TestClockRefuses(t *testing.T) {
 		c.Now = func() (time.Time, error) { return time.Time{}, errors.New("clock went back") }
 	})
 	rec := h.do(http.MethodPost, PathSigningCert, body(t, h.token(t, nil), "", nil), nil)
-	wantFailure(t, rec, 503, 14, "The identity provider is not available; try again")
+	wantFailure(t, rec, 503, 14, "The certificate authority is not available; try again")
 }
 
 func TestMethods(t *testing.T) {
@@ -535,5 +543,63 @@ func BenchmarkIssue(b *testing.B) {
 		}
 		_, _ = io.Copy(io.Discard, rec.Body)
 		h.log.Reset()
+	}
+}
+
+// TestLargeBodyWithoutLength: the limit holds for a body that does not say how
+// long it is, over a real connection.
+func TestLargeBodyWithoutLength(t *testing.T) {
+	h := build(t, nil)
+	srv := httptest.NewServer(h.echo)
+	defer srv.Close()
+	endless := io.LimitReader(blanks{}, 5<<20)
+	resp, err := srv.Client().Post(srv.URL+PathSigningCert, "application/json", io.MultiReader(endless)) // hides the length
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusRequestEntityTooLarge {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}
+
+// blanks is white space without end, which no JSON parser minds.
+type blanks struct{}
+
+func (blanks) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = ' '
+	}
+	return len(p), nil
+}
+
+// TestIdentityProviderDown: nobody can sign in, and the answer says whose
+// fault it is.
+func TestIdentityProviderDown(t *testing.T) {
+	gone := httptest.NewServer(nil)
+	issuer := gone.URL
+	gone.Close()
+	f := newFixture(t)
+	verifier, err := identity.New(t.Context(), identity.Config{OIDCIssuers: map[string]identity.Issuer{
+		issuer: {IssuerURL: issuer, ClientID: "sigstore", Type: "email"},
+	}}, identity.Options{Now: f.Config().Now, LoopbackHTTP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer verifier.Close()
+	s, err := New(Config{Authority: authority(t, f.Config()), Identity: verifier})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &house{echo: echo.New()}
+	s.Register(h.echo)
+	raw, err := oidctest.New(oidctest.Config{Issuer: issuer, Now: func() time.Time { return catest.Noon }}).Token(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := h.do(http.MethodPost, PathSigningCert, body(t, raw, "", nil), nil)
+	wantFailure(t, rec, 503, 14, "The identity provider is not available; try again")
+	if rec.Header().Get("Retry-After") == "" {
+		t.Error("no Retry-After")
 	}
 }

@@ -1,11 +1,11 @@
-// Package catest is a CA and a log on software keys in memory, for the tests
-// and benchmarks of ca and ca/server. The chain is made by ca/profile and the
-// SCTs are real: every part of an issued certificate verifies.
+// Package catest is a chain of certificates and a log in memory, for the tests
+// and benchmarks of ca and ca/server, on whatever keys they bring. The chain is
+// made by ca/profile and the SCTs are real: every part of an issued certificate
+// verifies.
 package catest
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -17,10 +17,8 @@ import (
 
 	"golang.org/x/crypto/cryptobyte"
 
-	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/hsm"
-	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
 // Start is when the chain begins to be valid; it lasts a year.
@@ -29,30 +27,12 @@ var Start = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 // Noon is the time of the tests.
 var Noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 
-// Fixture is a CA's parts: what ca.Config wants, with counters on the keys.
-type Fixture struct {
-	Key   *hsmtest.Counting
-	Chain []*x509.Certificate // intermediate, root
-	Log   *Log
-}
-
-// New makes a root, an intermediate and a log on software keys.
-func New(t testing.TB) *Fixture {
+// Chain makes a root and an intermediate, and returns the intermediate's
+// certificate and the root's.
+func Chain(t testing.TB, root, intermediate hsm.Key) []*x509.Certificate {
 	t.Helper()
-	return With(t, hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256))
-}
-
-// With makes a root for an intermediate with the first key, and a log with the
-// second.
-func With(t testing.TB, intermediate, log hsm.Key) *Fixture {
-	t.Helper()
-	root := hsmtest.SoftwareKey(hsm.ECDSAP384)
 	rootCert := certify(t, profile.Root, "Test Root", root, nil, root)
-	return &Fixture{
-		Key:   &hsmtest.Counting{Key: intermediate},
-		Chain: []*x509.Certificate{certify(t, profile.Intermediate, "Test CA", intermediate, rootCert, root), rootCert},
-		Log:   &Log{Key: &hsmtest.Counting{Key: log}},
-	}
+	return []*x509.Certificate{certify(t, profile.Intermediate, "Test CA", intermediate, rootCert, root), rootCert}
 }
 
 func certify(t testing.TB, kind profile.Kind, name string, subject hsm.Key, issuer *x509.Certificate, signer hsm.Key) *x509.Certificate {
@@ -84,24 +64,6 @@ func certify(t testing.TB, kind profile.Kind, name string, subject hsm.Key, issu
 	return cert
 }
 
-// Config is a configuration that works.
-func (f *Fixture) Config() ca.Config {
-	return ca.Config{
-		Key: f.Key, Chain: f.Chain, SCTs: f.Log, LogKey: f.Log.Key.Public(),
-		Now: func() (time.Time, error) { return Noon, nil },
-	}
-}
-
-// Authority makes the authority of a configuration.
-func Authority(t testing.TB, cfg ca.Config) *ca.Authority {
-	t.Helper()
-	a, err := ca.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
 // Leaf is what was committed to a Log.
 type Leaf struct {
 	TBS, Precert []byte
@@ -111,7 +73,7 @@ type Leaf struct {
 // Log signs SCTs and keeps leaves in memory. Its hooks stand where the real
 // one may fail or wait; set them before use.
 type Log struct {
-	Key       *hsmtest.Counting
+	Key       hsm.Key
 	OnPromise func(ctx context.Context, tbs []byte) error
 	OnCommit  func(ctx context.Context) error
 	// Tamper changes an SCT on its way out.
@@ -128,8 +90,8 @@ func (l *Log) Leaves() []Leaf {
 	return append([]Leaf(nil), l.leaves...)
 }
 
-// Promise implements ca.SCTSource.
-func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
+// Promise signs an SCT, as ca.SCTSource wants it.
+func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*Promise, error) {
 	if l.OnPromise != nil {
 		if err := l.OnPromise(ctx, tbs); err != nil {
 			return nil, err
@@ -142,12 +104,12 @@ func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (
 	if l.Tamper != nil {
 		sct = l.Tamper(sct)
 	}
-	return &promise{log: l, sct: sct, tbs: tbs}, nil
+	return &Promise{log: l, sct: sct, tbs: tbs}, nil
 }
 
 // sign makes a SignedCertificateTimestamp (RFC 6962, Section 3.2).
 func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) ([]byte, error) {
-	spki, err := x509.MarshalPKIXPublicKey(l.Key.Public().(*ecdsa.PublicKey))
+	spki, err := x509.MarshalPKIXPublicKey(l.Key.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -175,16 +137,17 @@ func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) ([]b
 	return sct.Bytes()
 }
 
-type promise struct {
+// Promise is what ca.Promise wants.
+type Promise struct {
 	log      *Log
 	sct, tbs []byte
 }
 
-// SCT implements ca.Promise.
-func (p *promise) SCT() []byte { return p.sct }
+// SCT returns the TLS-encoded SCT.
+func (p *Promise) SCT() []byte { return p.sct }
 
-// Commit implements ca.Promise.
-func (p *promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
+// Commit keeps the leaf.
+func (p *Promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
 	if p.log.OnCommit != nil {
 		if err := p.log.OnCommit(ctx); err != nil {
 			return 0, err
