@@ -1,0 +1,238 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
+	"github.com/chancery-ca/chancery/hsm/softhsm"
+)
+
+const program = "chancery-ceremony"
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){program: main})
+}
+
+const examplePath = "../../config/example/genesis.yaml"
+
+func needSoftHSM(t *testing.T) {
+	t.Helper()
+	if _, err := softhsm.Module(); err != nil {
+		hsmtest.Missing(t, err.Error())
+	}
+}
+
+func TestScripts(t *testing.T) {
+	needSoftHSM(t)
+	example, err := filepath.Abs(examplePath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("EXAMPLE", example)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"columns": columns, "secret": secret, "flip": flip,
+		},
+	})
+}
+
+// columns fails if a line of the last stdout is longer than 80 columns.
+func columns(ts *testscript.TestScript, _ bool, _ []string) {
+	for _, line := range strings.Split(ts.ReadFile("stdout"), "\n") {
+		if n := len([]rune(line)); n > width {
+			ts.Fatalf("%d columns: %s", n, line)
+		}
+	}
+}
+
+// secret FILE... fails if the content of a file is in stdout, stderr, or any
+// file below out/.
+func secret(ts *testscript.TestScript, _ bool, files []string) {
+	for _, name := range files {
+		pin := ts.ReadFile(name)
+		if len(pin) < 20 {
+			ts.Fatalf("%s has %d octets", name, len(pin))
+		}
+		if strings.Contains(ts.ReadFile("stdout")+ts.ReadFile("stderr"), pin) {
+			ts.Fatalf("the content of %s was printed", name)
+		}
+		out := filepath.Join(filepath.Dir(filepath.Dir(ts.MkAbs(name))), "out")
+		ts.Check(filepath.WalkDir(out, func(path string, e os.DirEntry, err error) error {
+			if err != nil || e.IsDir() {
+				return err
+			}
+			content, err := os.ReadFile(path)
+			if err == nil && bytes.Contains(content, []byte(pin)) {
+				ts.Fatalf("the content of %s is in %s", name, path)
+			}
+			return err
+		}))
+	}
+}
+
+// flip FILE changes one bit in the middle of a file.
+func flip(ts *testscript.TestScript, _ bool, args []string) {
+	path := ts.MkAbs(args[0])
+	content, err := os.ReadFile(path)
+	ts.Check(err)
+	content[len(content)/2] ^= 1
+	ts.Check(os.WriteFile(path, content, 0o644))
+}
+
+func TestExitStatus(t *testing.T) {
+	production := filepath.Join(t.TempDir(), "production.yaml")
+	source, err := os.ReadFile(examplePath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Replace(string(source), "environment: rehearsal",
+		"environment: production\nwindow: {not-before: 2026-12-01T09:00:00Z, not-after: 2026-12-01T18:00:00Z}\n"+
+			`modules: {m: {path: /usr/lib/m.so, sha256: "`+strings.Repeat("0", 64)+`"}}`, 1)
+	text = strings.ReplaceAll(text, "must-be-empty: true", "module: m, must-be-empty: true")
+	if err := os.WriteFile(production, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	broken := filepath.Join(t.TempDir(), "broken.yaml")
+	if err := os.WriteFile(broken, []byte("version: 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		args   []string
+		status int
+		stderr string
+	}{
+		{"help", nil, 0, ""},
+		{"plan", []string{"plan", examplePath}, 0, ""},
+		{"unknown command", []string{"party"}, exitUsage, "hint:"},
+		{"unknown flag", []string{"plan", "--loud", examplePath}, exitUsage, "hint:"},
+		{"no definition", []string{"rehearse"}, exitUsage, "hint:"},
+		{"unknown output", []string{"verify", "--output", "xml", "."}, exitUsage, "text or json"},
+		{"definition not there", []string{"plan", "nothing.yaml"}, exitFailed, "no such file"},
+		{"definition incomplete", []string{"plan", broken}, exitFailed, "invalid definition"},
+		{"rehearse production", []string{"rehearse", production, "--dir", t.TempDir()}, exitFailed, "environment: rehearsal"},
+		{"verify nothing", []string{"verify", t.TempDir()}, exitFailed, "transcript.jsonl"},
+		{"resume nothing", []string{"rehearse", examplePath, "--resume", "--dir", filepath.Join(t.TempDir(), "none")}, exitFailed, "resume"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			status := run(context.Background(), tc.args, &stdout, &stderr)
+			if status != tc.status || !strings.Contains(stderr.String(), tc.stderr) {
+				t.Errorf("status %d, want %d; stderr %q, want %q", status, tc.status, &stderr, tc.stderr)
+			}
+			if status != 0 && !strings.HasPrefix(stderr.String(), program+": error: ") {
+				t.Errorf("stderr %q", &stderr)
+			}
+		})
+	}
+}
+
+// A rehearsal that is killed (SIGKILL) in the middle of its work is resumed in
+// a new process and ends with outputs that verify.
+func TestKilledAndResumed(t *testing.T) {
+	needSoftHSM(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(t.TempDir(), program)
+	if err := os.Symlink(self, bin); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "practice")
+	args := []string{"rehearse", examplePath, "--dir", dir}
+	for _, at := range []string{"entropy", "key/inter-g1", "certificate/root", "outputs"} {
+		killAt(t, exec.CommandContext(t.Context(), bin, args...), filepath.Join(dir, "out", ceremony.TranscriptName), at)
+		args = []string{"rehearse", examplePath, "--dir", dir, "--resume"}
+	}
+	if out, err := exec.CommandContext(t.Context(), bin, args...).CombinedOutput(); err != nil {
+		t.Fatalf("resume: %v\n%s", err, out)
+	}
+	report := ceremony.Verify(filepath.Join(dir, "out"))
+	if err := report.Err(); err != nil {
+		t.Error(err)
+	}
+}
+
+// killAt runs cmd until the transcript has a record of the step, and kills it.
+func killAt(t *testing.T, cmd *exec.Cmd, transcript, step string) {
+	t.Helper()
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = io.Copy(io.Discard, stdout)
+	}()
+	want := []byte(`"step":"` + step + `"`)
+	for {
+		content, err := os.ReadFile(transcript)
+		if err == nil && bytes.Contains(content, want) {
+			break
+		}
+		select {
+		case <-done: // it was faster than we looked
+			_ = cmd.Wait()
+			return
+		default:
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	<-done
+	_ = cmd.Wait()
+}
+
+// What the tool is made of: no server, no database, no log engine; and no code
+// of ours, in any package of it, that could listen or dial.
+func TestDependencies(t *testing.T) {
+	for _, cgo := range []string{"0", "1"} {
+		cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{.ImportPath}} {{join .Imports \" \"}}", ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("go list with CGO_ENABLED=%s: %v", cgo, err)
+		}
+		const ours = "github.com/chancery-ca/chancery/"
+		for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+			fields := strings.Fields(line)
+			for _, banned := range []string{
+				"github.com/labstack/", "google.golang.org/grpc", "github.com/google/trillian", "github.com/mattn/go-sqlite3",
+				"github.com/sigstore/sigstore-go", "github.com/sigstore/fulcio/pkg/server", "github.com/sigstore/fulcio/pkg/ca", ours + "log/", ours + "ca/server", ours + "config",
+			} {
+				if strings.HasPrefix(fields[0], banned) {
+					t.Errorf("CGO_ENABLED=%s: the ceremony tool contains %s", cgo, fields[0])
+				}
+			}
+			if cgo == "0" && strings.HasPrefix(fields[0], "github.com/miekg/pkcs11") {
+				t.Errorf("without cgo the tool contains %s", fields[0])
+			}
+			for _, imported := range fields[1:] {
+				if strings.HasPrefix(fields[0], ours) && (imported == "net" || strings.HasPrefix(imported, "net/http")) {
+					t.Errorf("%s imports %s", fields[0], imported)
+				}
+			}
+		}
+	}
+}
