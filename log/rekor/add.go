@@ -2,7 +2,6 @@ package rekor
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/http"
@@ -89,7 +88,7 @@ func (l *Log) add(ctx context.Context, e *entry, now time.Time) (*receipt, error
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	hash := leafHash(e.leaf)
+	hash := tree.LeafHash(e.leaf)
 	stored, existed, err := l.cfg.Tree.Append(ctx, tree.Leaf{Value: e.leaf})
 	if err != nil {
 		if !errors.Is(err, tree.ErrBusy) {
@@ -129,14 +128,4 @@ func (l *Log) prove(ctx context.Context, index uint64, hash tree.Hash) (*receipt
 		return nil, fmt.Errorf("check proof of entry %d: %w", index, err)
 	}
 	return &receipt{index: index, proof: path, head: signed}, nil
-}
-
-// leafHash is SHA-256(0x00 ‖ leaf) (RFC 6962, Section 2.1).
-func leafHash(leaf []byte) tree.Hash {
-	h := sha256.New()
-	h.Write([]byte{0})
-	h.Write(leaf)
-	var sum tree.Hash
-	h.Sum(sum[:0])
-	return sum
 }
