@@ -47,6 +47,54 @@ func TestKilled(t *testing.T) {
 		victim(t, dir, os.Getenv(victimRound))
 		return
 	}
+	rounds := 12
+	if testing.Short() {
+		rounds = 3
+	}
+	f, key := newVictims(t)
+	var all []acked
+	for round := range rounds {
+		all = append(all, runVictim(t, f.dir, key, round, 1+rand.IntN(200))...)
+	}
+	if len(all) < rounds {
+		t.Fatalf("%d answers in %d rounds", len(all), rounds)
+	}
+	holds(t, f, key, all)
+}
+
+// TestKilledAtSyscall kills the process as it enters the n-th write or sync of
+// a thread, at start-up and at work, with strace.
+func TestKilledAtSyscall(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("strace is not installed")
+	}
+	if out, err := exec.CommandContext(t.Context(), strace, "-o", os.DevNull, "true").CombinedOutput(); err != nil {
+		t.Skipf("strace may not trace here: %v: %s", err, out)
+	}
+	points := []int{1, 2, 3, 5, 9, 17, 40}
+	if testing.Short() {
+		points = points[:2]
+	}
+	f, key := newVictims(t)
+	var all []acked
+	round := 100
+	for _, call := range []string{"pwrite64", "fdatasync"} {
+		for _, n := range points {
+			round++
+			inject := fmt.Sprintf("inject=%s:signal=KILL:when=%d", call, n)
+			all = append(all, runVictim(t, f.dir, key, round, 1<<30, strace, "-f", "-qq", "-o", os.DevNull, "-e", "trace="+call, "-e", inject)...)
+		}
+	}
+	if len(all) == 0 {
+		t.Fatal("no answers")
+	}
+	holds(t, f, key, all)
+}
+
+// newVictims makes a log and a key for processes that will be killed.
+func newVictims(t *testing.T) (*fixture, string) {
+	t.Helper()
 	f := newFixture(t)
 	if err := f.engine.Close(t.Context()); err != nil {
 		t.Fatal(err)
@@ -59,19 +107,14 @@ func TestKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rounds := 12
-	if testing.Short() {
-		rounds = 3
-	}
-	var all []acked
-	for round := range rounds {
-		all = append(all, runVictim(t, f.dir, hex.EncodeToString(key), round)...)
-	}
-	if len(all) < rounds {
-		t.Fatalf("%d answers in %d rounds", len(all), rounds)
-	}
+	return f, hex.EncodeToString(key)
+}
+
+// holds checks every answer against the log as it is now.
+func holds(t *testing.T, f *fixture, key string, all []acked) {
+	t.Helper()
 	f.openTree()
-	f.key = &hsmtest.Counting{Key: keyOf(t, hex.EncodeToString(key))}
+	f.key = &hsmtest.Counting{Key: keyOf(t, key)}
 	f.open()
 	for _, a := range all {
 		if a.size > f.heads.Latest().Size {
@@ -102,10 +145,12 @@ func TestKilled(t *testing.T) {
 	t.Logf("%d answers, %d heads, %d leaves", len(all), len(roots), f.tree.Root().Size)
 }
 
-// runVictim starts a victim, kills it and returns the answers that it gave.
-func runVictim(t *testing.T, dir, key string, round int) (all []acked) {
+// runVictim starts a victim, by way of another program if one is given, kills
+// it at an answer unless it dies before, and returns the answers that it gave.
+func runVictim(t *testing.T, dir, key string, round, answers int, by ...string) (all []acked) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilled$")
+	by = append(by, os.Args[0], "-test.run=^TestKilled$")
+	cmd := exec.CommandContext(t.Context(), by[0], by[1:]...)
 	cmd.Env = append(os.Environ(), victimDir+"="+dir, victimKey+"="+key, fmt.Sprintf("%s=%d", victimRound, round))
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -114,7 +159,6 @@ func runVictim(t *testing.T, dir, key string, round int) (all []acked) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	answers := 1 + rand.IntN(200) // kill at the n-th answer
 	lines := bufio.NewReader(out)
 	for {
 		line, err := lines.ReadString('\n')
