@@ -103,6 +103,15 @@ func TestCosignBlob(t *testing.T) {
 	}
 }
 
+// TestCosignDevice: without a token cosign logs in by the device flow.
+func TestCosignDevice(t *testing.T) {
+	c := newClient(t)
+	artefact, bundle := c.file("artefact", "by device\n"), filepath.Join(t.TempDir(), "bundle.json")
+	must(t, c.env, c.cosign, "sign-blob", artefact, "--bundle", bundle, "--yes",
+		"--signing-config", c.d.path("signing_config.v0.2.json"), "--trusted-root", c.d.path("trusted_root.json"))
+	must(t, c.env, c.cosign, c.verifying(user, c.d.issuer, "verify-blob", artefact, "--bundle", bundle)...)
+}
+
 func TestCosignImage(t *testing.T) {
 	c := newClient(t)
 	hub := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithReferrersSupport(true)))

@@ -500,6 +500,23 @@ func TestRefusedTokens(t *testing.T) {
 	}
 }
 
+// TestDeviceLogin signs without a token and without a terminal: the client
+// logs in by the device flow at the provider that the signing configuration
+// names.
+func TestDeviceLogin(t *testing.T) {
+	d := startDemo(t, filepath.Join(t.TempDir(), "demo"))
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("by device\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	chancery := binary(t, "chancery")
+	r := command(t, []string{"SIGSTORE_ID_TOKEN="}, chancery, "sign", "--trust", d.dir, file)
+	if r.code != 0 || !strings.Contains(r.stderr, d.issuer+"/device?user_code=") {
+		t.Fatalf("exit status %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	must(t, nil, chancery, "verify", "--trust", d.dir, "--certificate-identity", user, "--certificate-oidc-issuer", d.issuer, file)
+}
+
 // TestNoPrivateKeyOutsideTokens looks at every file that a demo wrote.
 func TestNoPrivateKeyOutsideTokens(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "demo")

@@ -233,7 +233,7 @@ func (d *Demo) startService(ctx context.Context) error {
 		return err
 	}
 	go func() { d.done <- d.service.Serve(ctx, l) }()
-	d.opts.Step("service", d.url+"  CA, CT log, signature log, timestamps", time.Since(began))
+	d.opts.Step("service", d.url+"  CA, CT log, Rekor log, TSA", time.Since(began))
 	d.opts.Step("identity", d.saved.Issuer+"  "+Email, 0)
 	return nil
 }
