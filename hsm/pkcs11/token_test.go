@@ -562,7 +562,7 @@ func TestSessionLimit(t *testing.T) {
 		}
 	}()
 	f := fixture{shim: shim, token: token, open: opened, key: hsmtest.NewKey(t, opened, "key", hsm.ECDSAP256)}
-	shim.Delay(5000)
+	shim.Hang(hsmtest.Sign)
 	var wg sync.WaitGroup
 	for range 24 {
 		wg.Go(func() {
@@ -571,6 +571,8 @@ func TestSessionLimit(t *testing.T) {
 			}
 		})
 	}
+	eventually(t, "three calls at once", func() bool { return shim.Running() == 3 })
+	shim.Hang(0)
 	wg.Wait()
 	if got := shim.Peak(); got != 3 {
 		t.Errorf("%d calls at once, want 3", got)
