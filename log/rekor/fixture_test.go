@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,7 +53,19 @@ type signer struct {
 	hash    crypto.Hash
 }
 
+// signers holds one signer for each kind of key: RSA keys take long to make.
+var signers sync.Map
+
 func newSigner(t testing.TB, details v1.PublicKeyDetails) *signer {
+	t.Helper()
+	s, ok := signers.Load(details)
+	if !ok {
+		s, _ = signers.LoadOrStore(details, makeSigner(t, details))
+	}
+	return s.(*signer)
+}
+
+func makeSigner(t testing.TB, details v1.PublicKeyDetails) *signer {
 	t.Helper()
 	s := &signer{details: details, hash: crypto.SHA256}
 	var err error
@@ -79,7 +92,8 @@ func newSigner(t testing.TB, details v1.PublicKeyDetails) *signer {
 	return s
 }
 
-func p256(t testing.TB) *signer { return newSigner(t, v1.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256) }
+// p256 is a new key, as every keyless signature has.
+func p256(t testing.TB) *signer { return makeSigner(t, v1.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256) }
 
 func (s *signer) digest(message []byte) []byte {
 	h := s.hash.New()

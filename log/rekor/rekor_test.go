@@ -10,8 +10,10 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -307,23 +309,26 @@ func TestTilesAndBundles(t *testing.T) {
 	for i := range bodies {
 		bodies[i] = body(t, s.request(t, fmt.Sprint(i)))
 	}
-	statuses := make(chan int)
-	for _, b := range bodies {
-		go func() {
-			resp, err := f.srv.Client().Post(f.srv.URL+"/api/v2/log/entries", "application/json", bytes.NewReader(b))
-			if err != nil {
-				statuses <- 0
-				return
+	const clients = 16
+	f.srv.Client().Transport.(*http.Transport).MaxIdleConnsPerHost = clients
+	var wg sync.WaitGroup
+	for c := range clients {
+		wg.Go(func() {
+			for i := c; i < n; i += clients {
+				resp, err := f.srv.Client().Post(f.srv.URL+"/api/v2/log/entries", "application/json", bytes.NewReader(bodies[i]))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_, _ = io.Copy(io.Discard, resp.Body)
+				_ = resp.Body.Close()
+				if resp.StatusCode != http.StatusCreated {
+					t.Errorf("entry %d: status %d", i, resp.StatusCode)
+				}
 			}
-			_ = resp.Body.Close()
-			statuses <- resp.StatusCode
-		}()
+		})
 	}
-	for range bodies {
-		if s := <-statuses; s != 201 {
-			t.Fatalf("status %d", s)
-		}
-	}
+	wg.Wait()
 	_, text := f.get(t, "/api/v2/checkpoint")
 	cp, err := verify.VerifyCheckpoint(string(text), f.noteVerifier(t))
 	if err != nil || cp.Size != n {
