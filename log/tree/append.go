@@ -225,17 +225,25 @@ const firstBackoff = 50 * time.Millisecond
 // durable, and looks again. While it commits, the next batch gathers.
 func (t *logTree) integrate() {
 	defer close(t.stopped)
-	backoff := firstBackoff
+	backoff, failing := firstBackoff, false
 	for {
 		work, closing := t.take()
-		if len(work) == 0 && len(t.stored) == 0 {
-			if closing {
-				return
-			}
+		idle := len(work) == 0 && len(t.stored) == 0
+		switch {
+		case idle && closing:
+			return
+		case idle && !failing:
 			<-t.kick
 			continue
 		}
-		err := t.step(work)
+		// Without a leaf to try with, ask the storage: a log that says that it
+		// is not ready may get none.
+		try := t.probe
+		if !idle {
+			try = func() error { return t.step(work) }
+		}
+		err := try()
+		failing = err != nil
 		if err == nil {
 			backoff = firstBackoff
 			t.setErr(nil)
@@ -249,6 +257,14 @@ func (t *logTree) integrate() {
 		}
 		backoff = min(2*backoff, t.cfg.MaxBackoff)
 	}
+}
+
+// probe asks the storage whether it works.
+func (t *logTree) probe() error {
+	if err := t.backend.Log.CheckDatabaseAccessible(t.ctx); err != nil {
+		return fmt.Errorf("probe: %w: %w", err, ErrStorage)
+	}
+	return nil
 }
 
 // take removes the next batch from the queue.

@@ -20,7 +20,7 @@ type faultyStorage struct {
 	mu sync.Mutex
 	// Each of these, if not nil, is called where its name says; an error is
 	// the storage's answer.
-	onQueue, beforeBatch, inBatch, afterBatch func() error
+	onQueue, onProbe, beforeBatch, inBatch, afterBatch func() error
 	// answer changes the storage's answers to QueueLeaves.
 	answer func([]*trillian.QueuedLogLeaf)
 	// mutate changes the leaves that are dequeued.
@@ -78,6 +78,13 @@ func (s *faultyStorage) QueueLeaves(ctx context.Context, tree *trillian.Tree, le
 		s.answer(out)
 	}
 	return out, err
+}
+
+func (s *faultyStorage) CheckDatabaseAccessible(ctx context.Context) error {
+	if err := s.call(&s.onProbe); err != nil {
+		return err
+	}
+	return s.LogStorage.CheckDatabaseAccessible(ctx)
 }
 
 func (s *faultyStorage) ReadWriteTransaction(ctx context.Context, tree *trillian.Tree, f storage.LogTXFunc) error {

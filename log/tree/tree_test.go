@@ -44,9 +44,10 @@ func fill(t testing.TB, tr Tree, from, to int) []Hash {
 	t.Helper()
 	hashes := make([]Hash, to-from)
 	var wg sync.WaitGroup
-	for c := range 64 {
+	const clients = 1024
+	for c := range clients {
 		wg.Go(func() {
-			for n := from + c; n < to; n += 64 {
+			for n := from + c; n < to; n += clients {
 				e, existed, err := tr.Append(t.Context(), leafN(n))
 				if err != nil || existed {
 					t.Errorf("append %d: existed %v: %v", n, existed, err)
@@ -541,6 +542,31 @@ func TestStorageFaults(t *testing.T) {
 			checkInclusion(t, tr, 4, root.Size, e.LeafHash, root.Hash)
 		})
 	}
+}
+
+// TestReadinessReturns: a log without traffic notices that its disk is back.
+func TestReadinessReturns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newFaultyStorage(t)
+		e, tr := openTree(t, s)
+		broken := func() error { return errDisk }
+		s.set(func() { s.onQueue, s.onProbe = broken, broken })
+		if _, _, err := tr.Append(t.Context(), leafN(1)); !errors.Is(err, errDisk) {
+			t.Fatalf("error %v, want the disk's", err)
+		}
+		time.Sleep(time.Second)
+		if !errors.Is(tr.Err(), ErrStorage) {
+			t.Errorf("readiness says %v while the disk is away", tr.Err())
+		}
+		s.set(func() { s.onQueue, s.onProbe = nil, nil })
+		time.Sleep(time.Second)
+		if err := tr.Err(); err != nil {
+			t.Errorf("readiness says %v", err)
+		}
+		if err := e.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // TestMixedAnswers: in one batch the storage has some leaves, takes some and
