@@ -353,6 +353,41 @@ func TestClientOfCertificateTransparencyGo(t *testing.T) {
 	}
 }
 
+// TestRestart: a log that is opened again knows what it promised, and its next
+// head is consistent with the last.
+func TestRestart(t *testing.T) {
+	f := newFixture(t)
+	precert := f.leaf(t, poison)
+	sct, err := f.client(t).AddPreChain(t.Context(), asn1Chain(f.chain(precert)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.fill(t, 4)
+	before := f.publish(t)
+	f.stop(t)
+	f.start(t)
+	if latest := f.heads.Latest(); latest.Size != before.Size || latest.Root != before.Root {
+		t.Errorf("head of size %d after the restart, %d before", latest.Size, before.Size)
+	}
+	signatures := f.key.Count()
+	again, err := f.client(t).AddPreChain(t.Context(), asn1Chain(f.chain(precert)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(sct, again); d != "" || f.key.Count() != signatures {
+		t.Errorf("resubmission after the restart: %d signatures, %s", f.key.Count()-signatures, d)
+	}
+	f.fill(t, 3)
+	after := f.publish(t)
+	path, err := f.client(t).GetSTHConsistency(t.Context(), before.Size, after.Size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := proof.VerifyConsistency(rfc6962.DefaultHasher, before.Size, after.Size, path, before.Root[:], after.Root[:]); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSubmissionsAtOnceShareOneSCT(t *testing.T) {
 	f := newFixture(t)
 	c := f.client(t)

@@ -8,6 +8,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"math/big"
@@ -103,12 +104,14 @@ func tbs(t testing.TB, precert *x509.Certificate) []byte {
 // fixture is a log on the real engine and publisher, behind a TLS server.
 type fixture struct {
 	*authority
-	log   *ct.Log
-	tree  tree.Tree
-	heads *head.Publisher
-	key   *hsmtest.Counting
-	fail  func(error) // what the key answers from now on
-	srv   *httptest.Server
+	log    *ct.Log
+	tree   tree.Tree
+	heads  *head.Publisher
+	engine *tree.Engine
+	dir    string
+	key    *hsmtest.Counting
+	fail   func(error) // what the key answers from now on
+	srv    *httptest.Server
 }
 
 func wallClock() (time.Time, error) { return time.Now(), nil }
@@ -121,43 +124,44 @@ func newFixture(t testing.TB, change ...func(*ct.Config)) *fixture {
 
 func newFixtureWith(t testing.TB, key hsm.Key, change ...func(*ct.Config)) *fixture {
 	t.Helper()
-	ctx := context.Background()
 	dir := t.TempDir()
 	failing := &hsmtest.Failing{Key: key}
-	f := &fixture{authority: newAuthority(t), key: &hsmtest.Counting{Key: failing}, fail: failing.Fail}
-	quiet := slog.New(slog.DiscardHandler)
-	engine, err := tree.Open(ctx, tree.Config{Dir: dir, Now: wallClock, Logger: quiet})
+	f := &fixture{authority: newAuthority(t), dir: dir, key: &hsmtest.Counting{Key: failing}, fail: failing.Fail}
+	if err := head.CreateAnchor(filepath.Join(dir, "ct.anchor")); err != nil {
+		t.Fatal(err)
+	}
+	engine, err := tree.Open(t.Context(), tree.Config{Dir: dir, Now: wallClock, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := engine.Close(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := engine.Create(ctx, "ct"); err != nil {
+	if err := errors.Join(engine.Create(t.Context(), "ct"), engine.Close(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	if f.tree, err = engine.Tree(ctx, "ct"); err != nil {
+	f.start(t, change...)
+	t.Cleanup(func() { f.stop(t) })
+	return f
+}
+
+// start opens the log of the fixture's directory and serves it.
+func (f *fixture) start(t testing.TB, change ...func(*ct.Config)) {
+	t.Helper()
+	ctx := context.Background()
+	quiet := slog.New(slog.DiscardHandler)
+	var err error
+	if f.engine, err = tree.Open(ctx, tree.Config{Dir: f.dir, Now: wallClock, Logger: quiet}); err != nil {
+		t.Fatal(err)
+	}
+	if f.tree, err = f.engine.Tree(ctx, "ct"); err != nil {
 		t.Fatal(err)
 	}
 	format, err := ct.NewFormat(testOrigin, f.key.Public())
 	if err != nil {
 		t.Fatal(err)
 	}
-	anchor := filepath.Join(dir, "ct.anchor")
-	if err := head.CreateAnchor(anchor); err != nil {
-		t.Fatal(err)
-	}
-	f.heads, err = head.Open(ctx, head.Config{Tree: f.tree, Key: f.key, Format: format, Anchor: anchor, Now: wallClock, Logger: quiet})
+	f.heads, err = head.Open(ctx, head.Config{Tree: f.tree, Key: f.key, Format: format, Anchor: filepath.Join(f.dir, "ct.anchor"), Now: wallClock, Logger: quiet})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := f.heads.Close(ctx); err != nil {
-			t.Error(err)
-		}
-	})
 	cfg := ct.Config{Tree: f.tree, Heads: f.heads, Key: f.key, Roots: []*x509.Certificate{f.root}, Origin: testOrigin, Now: wallClock}
 	for _, c := range change {
 		c(&cfg)
@@ -168,8 +172,15 @@ func newFixtureWith(t testing.TB, key hsm.Key, change ...func(*ct.Config)) *fixt
 	e := echo.New()
 	f.log.Register(e.Group("/ct/2026"))
 	f.srv = httptest.NewTLSServer(e)
-	t.Cleanup(f.srv.Close)
-	return f
+}
+
+// stop shuts down as the service does: requests, heads, trees.
+func (f *fixture) stop(t testing.TB) {
+	t.Helper()
+	f.srv.Close()
+	if err := errors.Join(f.heads.Close(context.Background()), f.engine.Close(context.Background())); err != nil {
+		t.Error(err)
+	}
 }
 
 func (f *fixture) url(path string) string { return f.srv.URL + "/ct/2026" + path }

@@ -85,7 +85,8 @@ func (l *Log) serve(name string, h echo.HandlerFunc) echo.HandlerFunc {
 			return err
 		}
 		f := classify(err)
-		if f.status >= http.StatusInternalServerError {
+		// A client that went away is its own fault.
+		if f.status >= http.StatusInternalServerError && c.Request().Context().Err() == nil {
 			l.cfg.Logger.ErrorContext(c.Request().Context(), "request failed", "endpoint", name, "status", f.status, "error", err)
 		} else {
 			l.cfg.Logger.WarnContext(c.Request().Context(), "request refused", "endpoint", name, "status", f.status, "error", err)
