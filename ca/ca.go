@@ -104,7 +104,8 @@ type Config struct {
 	LogKey crypto.PublicKey
 	// Now is the one clock; an error refuses every request.
 	Now func() (time.Time, error)
-	// Lifetime is notAfter − notBefore, whole seconds; 0 is DefaultLifetime.
+	// Lifetime is notAfter − notBefore, whole seconds, at most
+	// profile.MaxLifetime; 0 is DefaultLifetime.
 	Lifetime time.Duration
 	// MaxConcurrent bounds the requests in work; 0 is DefaultMaxConcurrent.
 	MaxConcurrent int
@@ -176,6 +177,8 @@ func (c Config) check() error {
 		return errors.New("key, log and clock are required")
 	case c.Lifetime < time.Second || c.Lifetime%time.Second != 0:
 		return fmt.Errorf("lifetime %v is not a positive number of whole seconds", c.Lifetime)
+	case c.Lifetime > profile.MaxLifetime:
+		return fmt.Errorf("lifetime %v is longer than %v", c.Lifetime, profile.MaxLifetime)
 	case c.MaxConcurrent < 0:
 		return errors.New("negative number of concurrent requests")
 	case len(c.Chain) == 0:
@@ -279,7 +282,10 @@ func (a *Authority) prepare(req Request) (*profile.Leaf, error) {
 		Public: req.Public, SAN: req.Principal.SAN, Extensions: req.Principal.Extensions,
 		NotBefore: start, NotAfter: end,
 	})
+	var lint *profile.LintError
 	switch {
+	case errors.As(err, &lint): // names only: a finding's detail may quote the identity
+		return nil, fmt.Errorf("build certificate: %w: %w: %s", ErrCA, profile.ErrLint, strings.Join(lint.Rules(), ", "))
 	case errors.Is(err, profile.ErrName), errors.Is(err, profile.ErrKey):
 		return nil, fmt.Errorf("build certificate: %w: %w", ErrIdentity, err)
 	case err != nil:

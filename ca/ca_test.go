@@ -334,6 +334,7 @@ func TestIssueRefusals(t *testing.T) {
 		{"no principal", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal = nil }, ca.ErrIdentity, 0},
 		{"no key", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Public = nil }, ca.ErrIdentity, 0},
 		{"name that cannot be certified", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "a\x00b@example.com" }, ca.ErrIdentity, 0},
+		{"address that is none", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "alice@exa_mple..com" }, ca.ErrIdentity, 0},
 		{"no issuer", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.Extensions.Issuer = "" }, ca.ErrIdentity, 0},
 		{"CA key busy", failing(hsm.ErrBusy), ca.ErrBusy, 0},
 		{"CA key lost", failing(hsm.ErrLost), ca.ErrUnavailable, 0},
@@ -470,6 +471,7 @@ func TestNewRefuses(t *testing.T) {
 		"chain upside down":       func(c *ca.Config) { c.Chain = []*x509.Certificate{f.Chain[1], f.Chain[0]} },
 		"fraction of a second":    func(c *ca.Config) { c.Lifetime = time.Second + 1 },
 		"negative lifetime":       func(c *ca.Config) { c.Lifetime = -time.Minute },
+		"lifetime of two days":    func(c *ca.Config) { c.Lifetime = 48 * time.Hour },
 		"negative concurrency":    func(c *ca.Config) { c.MaxConcurrent = -1 },
 		"leaf in place of the CA": func(c *ca.Config) { c.Chain = append([]*x509.Certificate{issued(t, f)}, f.Chain...) },
 	} {
