@@ -284,7 +284,7 @@ func TestKill(t *testing.T) {
 	if err := r.s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for range tortureRounds(8) {
+	for range tortureRounds(5) {
 		cmd, lines := child(t, "append", r.s.dir)
 		acked := acks(t, lines, 1+rand.IntN(30))
 		// The child goes on; a busy wait makes the moment arbitrary.
@@ -323,7 +323,7 @@ func TestSyscallFaults(t *testing.T) {
 		"pwrite64:error=ENOSPC:when=%d+",
 	} {
 		t.Run(inject, func(t *testing.T) {
-			for range tortureRounds(2) {
+			for range tortureRounds(1) {
 				what := fmt.Sprintf(inject, 1+rand.IntN(60))
 				cmd, lines := child(t, "append", r.s.dir, strace, "-f", "-qq", "-o", "/dev/null",
 					"-e", "trace=pwrite64,fsync,fdatasync", "-e", "signal=none", "-e", "inject="+what)

@@ -210,11 +210,10 @@ func (t *logTree) lookUp(ctx context.Context, leaves []*candidate, epoch uint64,
 
 // maybeStored reports without I/O whether an identity could be in the tree.
 func (t *logTree) maybeStored(identity []byte) bool {
+	// The view, unlike the tip, is ahead of what is committed, so whoever saw a
+	// leaf finds it.
 	v, fp := t.view.Load(), t.mark.of(identity)
-	if t.tip.Load().distinct != never && v.maybe(byIdentity, fp) {
-		return true
-	}
-	return v.maybe(byLeafHash, fp)
+	return v.maybe(byIdentity, fp) || v.maybe(byLeafHash, fp)
 }
 
 func alreadyExists(l *trillian.LogLeaf) *trillian.QueuedLogLeaf {
