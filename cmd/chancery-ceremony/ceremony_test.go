@@ -1,3 +1,5 @@
+//go:build cgo
+
 package main
 
 import (
@@ -143,7 +145,9 @@ func TestExitStatus(t *testing.T) {
 }
 
 // A rehearsal that is killed (SIGKILL) in the middle of its work is resumed in
-// a new process and ends with outputs that verify.
+// a new process and ends with outputs that verify. Only a kill in the middle of
+// a key's generation may leave half a pair; the rehearsal then stops for good
+// and says so.
 func TestKilledAndResumed(t *testing.T) {
 	needSoftHSM(t)
 	self, err := os.Executable()
@@ -154,18 +158,26 @@ func TestKilledAndResumed(t *testing.T) {
 	if err := os.Symlink(self, bin); err != nil {
 		t.Fatal(err)
 	}
-	dir := filepath.Join(t.TempDir(), "practice")
-	args := []string{"rehearse", examplePath, "--dir", dir}
-	for _, at := range []string{"entropy", "key/inter-g1", "certificate/root", "outputs"} {
-		killAt(t, exec.CommandContext(t.Context(), bin, args...), filepath.Join(dir, "out", ceremony.TranscriptName), at)
-		args = []string{"rehearse", examplePath, "--dir", dir, "--resume"}
-	}
-	if out, err := exec.CommandContext(t.Context(), bin, args...).CombinedOutput(); err != nil {
-		t.Fatalf("resume: %v\n%s", err, out)
-	}
-	report := ceremony.Verify(filepath.Join(dir, "out"))
-	if err := report.Err(); err != nil {
-		t.Error(err)
+	for _, tc := range []struct {
+		step    string
+		mayStop bool // keys are made after it
+	}{{"open", true}, {"key/inter-g1", true}, {"certificate/root", false}, {"outputs", false}} {
+		t.Run(tc.step, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "practice")
+			args := []string{"rehearse", examplePath, "--dir", dir}
+			killAt(t, exec.CommandContext(t.Context(), bin, args...), filepath.Join(dir, "out", ceremony.TranscriptName), tc.step)
+			out, err := exec.CommandContext(t.Context(), bin, append(args, "--resume")...).CombinedOutput()
+			switch {
+			case err == nil:
+				if err := ceremony.Verify(filepath.Join(dir, "out")).Err(); err != nil {
+					t.Error(err)
+				}
+			case tc.mayStop && bytes.Contains(out, []byte(ceremony.ErrStopped.Error())):
+				t.Log("half a pair was left: stopped")
+			default:
+				t.Errorf("resume: %v\n%s", err, out)
+			}
+		})
 	}
 }
 

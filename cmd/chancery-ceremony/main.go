@@ -88,7 +88,7 @@ func hintFor(err error) string {
 		{errors.Is(err, ceremony.ErrNotInVersion), "take it out of the definition to rehearse the rest"},
 		{errors.Is(err, ceremony.ErrEnvironment), "a copy with \"environment: rehearsal\" can be rehearsed"},
 		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
-		{errors.Is(err, ceremony.ErrDefinition), "README.md of the ceremony folder explains every field"},
+		{errors.Is(err, ceremony.ErrDefinition), "config/example/genesis.yaml explains every field"},
 		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or continue with --resume"},
 		{errors.Is(err, ceremony.ErrStopped), "change nothing on the token; keep the folder for the inquiry"},
 		{errors.Is(err, ceremony.ErrVerify), "do not use these files; compare with another copy"},

@@ -62,6 +62,9 @@ func rehearse(ctx context.Context, p *printer, def *ceremony.Definition, dir str
 	if _, err := ceremony.Plan(def); err != nil {
 		return err
 	}
+	if err := tokensPossible(); err != nil {
+		return err
+	}
 	if err := prepare(dir, resume); err != nil {
 		return err
 	}

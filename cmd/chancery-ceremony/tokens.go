@@ -20,14 +20,19 @@ import (
 	"github.com/chancery-ca/chancery/hsm/softhsm"
 )
 
+// tokensPossible says, before anything is made, why no token can be.
+func tokensPossible() error {
+	if _, err := softhsm.Module(); err != nil {
+		return fmt.Errorf("%w: %w", errNoModule, err)
+	}
+	return nil
+}
+
 // openTokens makes, or after an interruption finds, one software token for
 // each token of the definition and opens them by the definition's names. On an
 // error it returns what it has opened.
 func openTokens(ctx context.Context, def *ceremony.Definition, dir string) (map[string]hsm.Token, error) {
 	home, err := openHome(filepath.Join(dir, tokensFolder))
-	if errors.Is(err, softhsm.ErrNotInstalled) {
-		return nil, fmt.Errorf("%w: %w", errNoModule, err)
-	}
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,8 @@ import (
 	"github.com/chancery-ca/chancery/hsm"
 )
 
+func tokensPossible() error { return errNoCgo }
+
 // openTokens needs cgo: PKCS#11 modules are C libraries. A program without it
 // plans and verifies.
 func openTokens(context.Context, *ceremony.Definition, string) (map[string]hsm.Token, error) {

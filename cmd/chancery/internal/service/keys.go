@@ -42,11 +42,25 @@ func (s *Service) openKeys(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("open token %q: %w", key.Token, err)
 		}
-		if s.keys[role], err = token.Open(ctx, key.Ref()); err != nil {
+		if s.keys[role], err = openKey(ctx, token, role, key.Ref()); err != nil {
 			return fmt.Errorf("open %s key: %w", role, err)
 		}
 	}
 	return nil
+}
+
+// openKey opens a key and holds what the token says of it against the policy
+// of its role.
+func openKey(ctx context.Context, token hsm.Token, role trust.Role, ref hsm.Ref) (hsm.Key, error) {
+	key, err := token.Open(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	evidence, err := token.Evidence(ctx, key)
+	if err != nil {
+		return nil, fmt.Errorf("read its attributes: %w", err)
+	}
+	return key, hsm.Role(role).Policy().Check(evidence.Attributes)
 }
 
 func (s *Service) openToken(ctx context.Context, name string, where trust.Token) (hsm.Token, error) {
