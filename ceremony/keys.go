@@ -43,6 +43,9 @@ func (r *run) key(ctx context.Context, s Step) error {
 		return fmt.Errorf("read key back: %w", err)
 	}
 	if err := checkEvidence(evidence, intent); err != nil {
+		if adopted {
+			err = fmt.Errorf("%w: %w", ErrStopped, err)
+		}
 		return err
 	}
 	if evidence.Level != hsm.LevelSoftware {
@@ -75,6 +78,11 @@ func findOrGenerate(ctx context.Context, tok hsm.Token, intent keyIntent, resume
 	key, err = tok.Generate(ctx, hsm.Spec{
 		Label: intent.Label, ID: id, Algorithm: intent.Algorithm, Extractable: intent.Extractable,
 	})
+	if resumed && errors.Is(err, hsm.ErrExists) {
+		// A kill in the middle of the generation can leave half a pair: it is
+		// not found as a pair, and it is in the way.
+		return nil, false, fmt.Errorf("generate key %s: part of it is in the token: %w: %w", intent.Label, ErrStopped, err)
+	}
 	if err != nil {
 		return nil, false, fmt.Errorf("generate key %s: %w", intent.Label, err)
 	}

@@ -1,8 +1,10 @@
 package ceremony
 
 import (
+	"bytes"
 	"context"
 	"crypto"
+	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
@@ -231,6 +233,7 @@ func TestRehearseRefuses(t *testing.T) {
 		{"a token that is lost", &faulty{generate: hsm.ErrLost}, nil, hsm.ErrLost},
 		{"a token that is missing", nil, func(o *Options) { delete(o.Tokens, DemoOnlineToken) }, hsm.ErrNotFound},
 		{"a share of the wrong size", nil, func(o *Options) { o.Shares = map[string][]byte{"w1": make([]byte, 31)} }, ErrEntropy},
+		{"a share of a stranger", nil, func(o *Options) { o.Shares = map[string][]byte{"w9": make([]byte, shareSize)} }, ErrEntropy},
 		{"an output that exists", nil, func(o *Options) { place(t, o.Dir, "root.pem") }, ErrOutputExists},
 		{"a transcript that exists", nil, func(o *Options) { place(t, o.Dir, TranscriptName) }, ErrOutputExists},
 		{"another definition in the folder", nil, func(o *Options) { place(t, o.Dir, definitionName) }, ErrOutputExists},
@@ -294,6 +297,11 @@ func TestResumeStops(t *testing.T) {
 	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrStopped) {
 		t.Errorf("two keys with the announced id: %v, want ErrStopped", err)
 	}
+	root.generate, root.find = hsm.ErrExists, nil
+	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrStopped) {
+		t.Errorf("half a pair: %v, want ErrStopped", err)
+	}
+	root.generate = nil
 	other := strings.Replace(string(d.Source()), "years: 10", "years: 20", 1)
 	changed, err := ParseDefinition([]byte(other))
 	if err != nil {
@@ -306,6 +314,37 @@ func TestResumeStops(t *testing.T) {
 	if _, err := Rehearse(context.Background(), d, opts); err != nil {
 		t.Errorf("resuming on a good token: %v", err)
 	}
+}
+
+// Shares that people bring are committed to and used.
+func TestRehearseShares(t *testing.T) {
+	d := demoDefinition(t)
+	share := bytes.Repeat([]byte{7}, shareSize)
+	opts := Options{Tokens: twoTokens(t), Dir: t.TempDir(), Now: fixedClock, Shares: map[string][]byte{"w2": share}}
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Fatal(err)
+	}
+	records, err := readTranscriptFile(filepath.Join(opts.Dir, TranscriptName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range records {
+		if r.Step != string(StepEntropy) || r.Type != Done {
+			continue
+		}
+		var data entropyResult
+		if err := r.decode(&data); err != nil {
+			t.Fatal(err)
+		}
+		if got := data.Reveals[1]; got.Contributor != "w2" || got.Value != hex.EncodeToString(share) {
+			t.Errorf("second share %+v", got)
+		}
+		if data.Reveals[0].Value == data.Reveals[1].Value || len(data.Reveals) != 3 {
+			t.Errorf("shares %+v", data.Reveals)
+		}
+		return
+	}
+	t.Error("no seed record")
 }
 
 func TestRehearseWindow(t *testing.T) {

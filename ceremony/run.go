@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
@@ -343,6 +344,11 @@ func (r *run) entropy(ctx context.Context, s Step) error {
 	hardware, err := randomOctets(ctx, r.opts.Tokens[token], shareSize)
 	if err != nil {
 		return err
+	}
+	for who := range r.opts.Shares {
+		if !slices.Contains(r.def.Entropy.Contributors, who) {
+			return fmt.Errorf("%w: share of %.40q, who is not a contributor", ErrEntropy, who)
+		}
 	}
 	intent := entropyIntent{Token: token}
 	var result entropyResult
