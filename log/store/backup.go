@@ -138,7 +138,7 @@ func (t *logTree) finishBackup(ctx context.Context, c *conn, tp *tip, v *view) e
 				}
 			}
 		}
-		if err := c.exec("INSERT INTO facts (id, tree, secret) VALUES (0,?,?)", t.id, secret); err != nil {
+		if err := storeFacts(c, t.id, secret); err != nil {
 			return err
 		}
 		return writeTip(c, nil, tp)

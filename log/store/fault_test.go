@@ -483,6 +483,7 @@ func TestSchema(t *testing.T) {
 		"another tree's file": {func(t *testing.T, _, tree string) { script(t, tree, "UPDATE facts SET tree=tree+1") }, ErrCorrupt},
 		"no tip":              {func(t *testing.T, _, tree string) { script(t, tree, "DELETE FROM tip WHERE slot=0") }, ErrCorrupt},
 		"no secret":           {func(t *testing.T, _, tree string) { script(t, tree, "DELETE FROM facts") }, ErrCorrupt},
+		"other secret":        {func(t *testing.T, _, tree string) { script(t, tree, "UPDATE facts SET secret=zeroblob(16)") }, ErrCorrupt},
 		"lost run":            {func(t *testing.T, _, tree string) { script(t, tree, "DELETE FROM runs WHERE id=1<<58") }, ErrCorrupt},
 	}
 	for name, tc := range tests {

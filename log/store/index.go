@@ -265,7 +265,7 @@ func loadSealed(ctx context.Context, c *conn) (list [kinds][]*sealed, err error)
 			return err
 		}
 		k := kind(id >> 40)
-		if k < 0 || k >= kinds || id != generationID(k, uint64(first)) || count <= 0 || count > generationSize || len(f) == 0 || len(f)%filterBlock != 0 {
+		if k < 0 || k >= kinds || id != generationID(k, uint64(first)) || count <= 0 || (first+count)%generationSize != 0 || count > generationSize || len(f) == 0 || len(f)%filterBlock != 0 {
 			return fmt.Errorf("parse lookup generation %d: %w", id, ErrCorrupt)
 		}
 		list[k] = append(list[k], &sealed{id: id, first: uint64(first), count: uint64(count), filter: f})

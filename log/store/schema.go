@@ -12,7 +12,7 @@ type schema []string
 
 var treeSchema = schema{`
 -- Facts that never change: the tree's ID and the secret of the lookup hash.
-CREATE TABLE facts (id INTEGER PRIMARY KEY CHECK (id = 0), tree INTEGER NOT NULL, secret BLOB NOT NULL);
+CREATE TABLE facts (id INTEGER PRIMARY KEY CHECK (id = 0), tree INTEGER NOT NULL, secret BLOB NOT NULL, sum INTEGER NOT NULL);
 -- The newest state, one page: slot 0 the root and sizes, slot level+2 the
 -- last, partial run of hashes of a level (-1: identities).
 CREATE TABLE tip (slot INTEGER PRIMARY KEY, data BLOB NOT NULL, sum INTEGER NOT NULL);

@@ -200,6 +200,7 @@ const (
 	inGenerations = 'g'
 	inBuckets     = 'b'
 	inTrees       = 'a'
+	inFacts       = 'f'
 )
 
 // checked returns the octets of a row (data, sum) after comparing its sum.

@@ -79,11 +79,16 @@ func initTree(path string, id int64) (err error) {
 		return fmt.Errorf("make lookup secret: %w", err)
 	}
 	return c.transaction(func() error {
-		if err := c.exec("INSERT INTO facts (id, tree, secret) VALUES (0,?,?)", id, secret); err != nil {
+		if err := storeFacts(c, id, secret); err != nil {
 			return err
 		}
 		return writeTip(c, nil, &tip{distinct: never})
 	})
+}
+
+// storeFacts writes the row of facts of a new tree file.
+func storeFacts(c *conn, id int64, secret []byte) error {
+	return c.exec("INSERT INTO facts (id, tree, secret, sum) VALUES (0,?,?,?)", id, secret, checksum(inFacts, id, secret))
 }
 
 // openTree opens an existing tree file and reads what the writer keeps in
@@ -138,11 +143,14 @@ func (t *logTree) openConns() error {
 func (t *logTree) load() error {
 	ctx := context.Background()
 	rows := 0
-	err := t.writer.query(ctx, "SELECT tree, secret FROM facts", func(cols []driver.Value) (err error) {
+	err := t.writer.query(ctx, "SELECT tree, secret, sum FROM facts", func(cols []driver.Value) (err error) {
 		rows++
-		secret, _ := cols[1].([]byte)
 		if id, _ := cols[0].(int64); id != t.id {
 			return fmt.Errorf("%s is the file of tree %d: %w", filepath.Base(t.path), id, ErrCorrupt)
+		}
+		secret, err := checked(inFacts, t.id, cols[1], cols[2])
+		if err != nil {
+			return err
 		}
 		t.mark, err = newFingerprinter(secret)
 		return err
