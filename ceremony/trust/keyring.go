@@ -95,12 +95,24 @@ type keyRingKey struct {
 	SPKI  string `yaml:"spki-sha256"`
 }
 
+// The bounds of keys.yaml, in octets. The YAML parser's time grows with the
+// square of a line.
+const (
+	maxKeyRing = 64 << 10
+	maxLine    = 2000
+)
+
 // ParseKeyRing reads keys.yaml strictly: unknown and double keys, unknown
 // roles and tokens, and a key that stands twice are errors, as is a ring
 // without one of the roles that are not optional.
 func ParseKeyRing(data []byte) (*KeyRing, error) {
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("read keys: %d octets, at most %d: %w", len(data), maxFile, ErrFormat)
+	if len(data) > maxKeyRing {
+		return nil, fmt.Errorf("read keys: %d octets, at most %d: %w", len(data), maxKeyRing, ErrFormat)
+	}
+	for line := range bytes.Lines(data) {
+		if len(line) > maxLine {
+			return nil, fmt.Errorf("read keys: a line of %d octets, at most %d: %w", len(line), maxLine, ErrFormat)
+		}
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
 	var f keyRingFile
@@ -137,7 +149,7 @@ func LoadKeyRing(path string) (*KeyRing, error) {
 		return nil, fmt.Errorf("open keys: %w", err)
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	data, err := io.ReadAll(io.LimitReader(f, maxKeyRing+1))
 	if err != nil {
 		return nil, fmt.Errorf("read keys: %w", err)
 	}

@@ -78,7 +78,8 @@ func TestParseKeyRingRefuses(t *testing.T) {
 		{"second document", "version: 1", "---\na: 1\n---\nversion: 1"},
 		{"empty", string(data), ""},
 		{"a word", string(data), "hello"},
-		{"huge", "version: 1", "version: 1 #" + strings.Repeat("x", maxFile)},
+		{"long line", "version: 1", "version: 1 #" + strings.Repeat("x", maxLine)},
+		{"huge", "version: 1", strings.Repeat("# x\n", maxKeyRing/4) + "version: 1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			changed := strings.Replace(string(data), tc.old, tc.new, 1)
