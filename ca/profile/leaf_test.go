@@ -49,7 +49,7 @@ func (l *testLog) id(t testing.TB) [32]byte {
 func (l *testLog) sct(t testing.TB, keyHash [32]byte, tbs []byte, extensions []byte) []byte {
 	t.Helper()
 	s := ct.SignedCertificateTimestamp{
-		SCTVersion: ct.V1, LogID: ct.LogID{KeyID: l.id(t)}, Timestamp: uint64(testStart.UnixMilli()), Extensions: extensions, //nolint:gosec // 2026
+		SCTVersion: ct.V1, LogID: ct.LogID{KeyID: l.id(t)}, Timestamp: uint64(testStart.UnixMilli()), Extensions: extensions,
 	}
 	input, err := ct.SerializeSCTSignatureInput(s, ct.LogEntry{Leaf: ct.MerkleTreeLeaf{
 		Version: ct.V1, LeafType: ct.TimestampedEntryLeafType,

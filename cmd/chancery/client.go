@@ -157,7 +157,7 @@ func idToken(cmd *cobra.Command, file string, trust client.Trust) (string, error
 		if err != nil {
 			return "", fmt.Errorf("open token: %w", err)
 		}
-		defer f.Close() //nolint:errcheck // only read
+		defer f.Close()
 		return readToken(f)
 	case env != "":
 		return readToken(strings.NewReader(env))

@@ -86,7 +86,7 @@ func signAndVerify(ctx context.Context, d *demo.Demo, p *printer) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(bundle, append(signed, '\n'), 0o644); err != nil { //nolint:gosec // G306: a bundle is public
+	if err := os.WriteFile(bundle, append(signed, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write bundle: %w", err)
 	}
 	p.step("signed", "hello.txt -> hello.txt.sigstore.json", time.Since(began))

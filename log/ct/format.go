@@ -17,9 +17,6 @@ import (
 	"github.com/chancery-ca/chancery/log/head"
 )
 
-// noteType is the C2SP signed-note signature type of RFC 6962 tree heads.
-const noteType = 0x05
-
 // format writes the heads of an RFC 6962 log.
 type format struct {
 	origin string

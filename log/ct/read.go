@@ -98,7 +98,7 @@ func (l *Log) getProofByHash(c echo.Context) error {
 		return fmt.Errorf("prove inclusion: %w", err)
 	}
 	return writeJSON(c, cacheDay, ct.GetProofByHashResponse{
-		LeafIndex: int64(entry.Index), //nolint:gosec // below size ≤ 2^63
+		LeafIndex: int64(entry.Index),
 		AuditPath: octets(proof),
 	})
 }
@@ -281,7 +281,7 @@ func (l *Log) tileLeaf(value, data []byte) ([]byte, error) {
 	if len(chain)*sha256.Size > 0xffff {
 		return nil, errExtra
 	}
-	out = binary.BigEndian.AppendUint16(out, uint16(len(chain)*sha256.Size)) //nolint:gosec // checked above
+	out = binary.BigEndian.AppendUint16(out, uint16(len(chain)*sha256.Size))
 	for _, cert := range chain {
 		fp := l.learn(cert.Data)
 		out = append(out, fp[:]...)

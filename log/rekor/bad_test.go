@@ -120,7 +120,7 @@ func TestRefusedKeyDetails(t *testing.T) {
 	}{
 		{"RSA-PSS", v1.PublicKeyDetails_PKIX_RSA_PKCS1V15_2048_SHA256, v1.PublicKeyDetails_PKIX_RSA_PSS_2048_SHA256},
 		{"pure Ed25519", v1.PublicKeyDetails_PKIX_ED25519_PH, v1.PublicKeyDetails_PKIX_ED25519},
-		{"P-384 with SHA-256", v1.PublicKeyDetails_PKIX_ECDSA_P384_SHA_384, v1.PublicKeyDetails_PKIX_ECDSA_P384_SHA_256}, //nolint:staticcheck // refused here
+		{"P-384 with SHA-256", v1.PublicKeyDetails_PKIX_ECDSA_P384_SHA_384, v1.PublicKeyDetails_PKIX_ECDSA_P384_SHA_256},
 		{"RSA-3072 as RSA-2048", v1.PublicKeyDetails_PKIX_RSA_PKCS1V15_3072_SHA256, v1.PublicKeyDetails_PKIX_RSA_PKCS1V15_2048_SHA256},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestRefusedEnvelopes(t *testing.T) {
 	sig := s.sign(t, s.digest([]byte("DSSEv1 4 text 1 x")))
 	for _, tc := range []struct {
 		name   string
-		change func(*pb.DSSERequestV002) //nolint:staticcheck // under test
+		change func(*pb.DSSERequestV002)
 		want   string
 	}{
 		{"no envelope", func(r *pb.DSSERequestV002) { r.Envelope = nil }, "the envelope is missing"},
@@ -196,7 +196,7 @@ func TestRefusedEnvelopes(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			req := envelopeRequest("text", []byte("x"), sig, v)
-			tc.change(req.GetDsseRequestV002()) //nolint:staticcheck // under test
+			tc.change(req.GetDsseRequestV002())
 			raw, err := protojson.Marshal(req)
 			if err != nil {
 				t.Fatal(err)

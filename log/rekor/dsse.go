@@ -9,8 +9,6 @@ import (
 // fromDSSE turns the deprecated DSSE request into a hashedrekord entry over
 // the hash of the envelope's pre-authentication encoding: verifiers since
 // sigstore-go 1.2 cannot read dsse 0.0.2 leaves, and rebuild a hashedrekord.
-//
-//nolint:staticcheck // the request is deprecated and still sent by sigstore-js
 func fromDSSE(req *pb.DSSERequestV002) (*entry, error) {
 	env := req.GetEnvelope()
 	switch {

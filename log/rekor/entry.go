@@ -93,8 +93,8 @@ func build(req *pb.CreateEntryRequest) (*entry, error) {
 	switch spec := req.GetSpec().(type) {
 	case *pb.CreateEntryRequest_HashedRekordRequestV002:
 		return fromHashedRekord(spec.HashedRekordRequestV002)
-	case *pb.CreateEntryRequest_DsseRequestV002: //nolint:staticcheck // sigstore-js still sends it
-		return fromDSSE(spec.DsseRequestV002) //nolint:staticcheck // as above
+	case *pb.CreateEntryRequest_DsseRequestV002:
+		return fromDSSE(spec.DsseRequestV002)
 	}
 	return nil, &refusal{msgType, "the request has no hashedRekordRequestV002"}
 }

@@ -249,7 +249,7 @@ func (l *Log) getTile(c echo.Context) error {
 // bundle reads an entry bundle of C2SP tlog-tiles: for each entry its length
 // as a uint16 and its octets.
 func (l *Log) bundle(ctx context.Context, p tree.TilePath) ([]byte, error) {
-	next, count := p.Index*tree.TileWidth, uint64(p.Width) //nolint:gosec // 1 ≤ Width ≤ 256
+	next, count := p.Index*tree.TileWidth, uint64(p.Width)
 	var out []byte
 	for count > 0 {
 		entries, err := l.cfg.Tree.Entries(ctx, next, count)
@@ -263,7 +263,7 @@ func (l *Log) bundle(ctx context.Context, p tree.TilePath) ([]byte, error) {
 			if e.Index != next || len(e.Value) > maxEntry {
 				return nil, fmt.Errorf("entry %d at %d has %d octets", e.Index, next, len(e.Value))
 			}
-			out = binary.BigEndian.AppendUint16(out, uint16(len(e.Value))) //nolint:gosec // checked above
+			out = binary.BigEndian.AppendUint16(out, uint16(len(e.Value)))
 			out = append(out, e.Value...)
 			next++
 		}

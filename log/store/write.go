@@ -387,7 +387,7 @@ func (tx *logTX) promoteStaged(ctx context.Context, r types.LogRootV1) error {
 	if err != nil {
 		return err
 	}
-	at := timestamppb.New(time.Unix(0, int64(r.TimestampNanos))) //nolint:gosec // a time in this era
+	at := timestamppb.New(time.Unix(0, int64(r.TimestampNanos)))
 	for _, l := range leaves {
 		l.IntegrateTimestamp = at
 		if err := tx.appendEntry(ctx, l); err != nil {

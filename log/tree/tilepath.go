@@ -49,7 +49,7 @@ func ParseTilePath(path, bundles string) (TilePath, error) {
 	if err != nil || t.L > 63 {
 		return TilePath{}, fmt.Errorf("tile path %q: malformed", path)
 	}
-	p := TilePath{Index: uint64(t.N), Width: t.W} //nolint:gosec // ParseTilePath gives N ≥ 0
+	p := TilePath{Index: uint64(t.N), Width: t.W}
 	if t.L < 0 {
 		p.Entries = true
 	} else {

@@ -101,7 +101,7 @@ func (p *Provider) serveAuthorize(w http.ResponseWriter, r *http.Request) {
 		back.Set("state", state)
 	}
 	redirect.RawQuery = back.Encode()
-	http.Redirect(w, r, redirect.String(), http.StatusSeeOther)
+	http.Redirect(w, r, redirect.String(), http.StatusSeeOther) //nolint:gosec // G710: loopbackRedirect has let it pass
 }
 
 // loopbackRedirect accepts http to this machine on any port (RFC 8252, 7.3);

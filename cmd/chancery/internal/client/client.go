@@ -175,7 +175,7 @@ func digestFile(path string) (digest [sha256.Size]byte, err error) {
 	if err != nil {
 		return digest, fmt.Errorf("open file: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
 		return digest, fmt.Errorf("hash file: %w", err)
@@ -232,7 +232,7 @@ func readFile(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err == nil && len(raw) > maxFile {
 		err = fmt.Errorf("%s: %w (limit %d MiB)", path, errTooLarge, maxFile>>20)

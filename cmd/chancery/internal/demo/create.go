@@ -59,7 +59,7 @@ func (d *Demo) create(ctx context.Context) error {
 	if err := service.Create(ctx, cfg, service.Options{Logger: d.opts.Logger}); err != nil {
 		return err
 	}
-	if err := os.WriteFile(d.at.hello(), []byte("Hello from the Chancery demo.\n"), 0o644); err != nil { //nolint:gosec // G306: a file for everybody
+	if err := os.WriteFile(d.at.hello(), []byte("Hello from the Chancery demo.\n"), 0o644); err != nil {
 		return fmt.Errorf("write example file: %w", err)
 	}
 	return d.finish()

@@ -2,7 +2,6 @@ package service
 
 import (
 	"errors"
-	"io"
 	"log/slog"
 	"testing"
 	"time"
@@ -38,7 +37,7 @@ func TestClock(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			wall, mono := start, time.Duration(0)
-			c := newClock(slog.New(slog.NewTextHandler(io.Discard, nil)))
+			c := newClock(slog.New(slog.DiscardHandler))
 			c.read = func() (time.Time, time.Duration) { return wall, mono }
 			c.Observe(start.Add(test.observed))
 			var last time.Time

@@ -100,7 +100,7 @@ func readChain(path string) ([]*x509.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read certificates: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	rest, err := io.ReadAll(io.LimitReader(f, maxChain))
 	if err != nil {
 		return nil, fmt.Errorf("read certificates: %w", err)

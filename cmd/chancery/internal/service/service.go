@@ -139,7 +139,7 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return err
 	}
-	ctLog, rekorLog, err := s.openLogs(ctx, chain[len(chain)-1])
+	ctLog, rekorLog, err := s.openLogs(ctx, chain)
 	if err != nil {
 		return err
 	}
@@ -156,13 +156,13 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	timestamps.Register(s.echo.Group(""))
 	ctLog.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
 	rekorLog.Register(s.echo.Group(""))
-	rekorLog.Register(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
+	rekorLog.RegisterReads(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
 	s.registerHealth()
 	return nil
 }
 
 // openLogs opens both trees and starts their publishers.
-func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log, *rekor.Log, error) {
+func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (*ct.Log, *rekor.Log, error) {
 	var err error
 	s.engine, err = tree.Open(ctx, tree.Config{Dir: logDir(s.cfg), Now: s.clock.Now, Logger: s.log})
 	if err != nil {
@@ -179,7 +179,8 @@ func (s *Service) openLogs(ctx context.Context, root *x509.Certificate) (*ct.Log
 		return nil, nil, fmt.Errorf("open CT log: %w", err)
 	}
 	ctLog, err := ct.New(ct.Config{
-		Tree: opened.tree, Heads: opened.heads, Key: ctKey, Roots: []*x509.Certificate{root},
+		Tree: opened.tree, Heads: opened.heads, Key: ctKey,
+		Roots: chain[len(chain)-1:], Issuers: chain[:len(chain)-1],
 		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
 	})
 	if err != nil {
@@ -227,7 +228,7 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 // openCA opens the certificate authority and joins it to the CT log.
 func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log *ct.Log, opts Options) (*caserver.Server, error) {
 	authority, err := ca.New(ca.Config{
-		Key: s.keys[trust.RoleIntermediate], Chain: chain, SCTs: sctSource{log},
+		Key: s.keys[trust.RoleIntermediate], Chain: chain, SCTs: sctSource{log}, LogKey: s.keys[trust.RoleCT].Public(),
 		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
 	})
 	if err != nil {
