@@ -133,7 +133,7 @@ func TestParseDefinitionRefuses(t *testing.T) {
 		{"not yaml", "version: 1", "version: [1", ""},
 		{"scalar", ceremonySpec, "hello", ""},
 		{"unknown key", "version: 1", "version: 1\nfoo: 1", "unknown field"},
-		{"unknown key below", "must-be-empty: true", "must-be-emtpy: true", "unknown field"},
+		{"unknown key below", "must-be-empty: true", "must-be-vacant: true", "unknown field"},
 		{"double key", "id: acme-genesis-2026", "id: acme-genesis-2026\nid: acme-genesis-2027", "already defined"},
 		{"double key name", "  tsa-1:    {token: online", "  ct-1:    {token: online", "already defined"},
 		{"second document", "outputs: {dir: out}", "outputs: {dir: out}\n---\nversion: 1", "more than one document"},

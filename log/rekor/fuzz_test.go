@@ -42,7 +42,7 @@ func FuzzParse(f *testing.F) {
 	for _, req := range []*pb.CreateEntryRequest{
 		{},
 		{Spec: &pb.CreateEntryRequest_HashedRekordRequestV002{HashedRekordRequestV002: &pb.HashedRekordRequestV002{Digest: digest[:], Signature: &pb.Signature{Content: sig, Verifier: v}}}},
-		{Spec: &pb.CreateEntryRequest_DsseRequestV002{DsseRequestV002: &pb.DSSERequestV002{ //nolint:staticcheck // still accepted
+		{Spec: &pb.CreateEntryRequest_DsseRequestV002{DsseRequestV002: &pb.DSSERequestV002{
 			Envelope:  &dsse.Envelope{Payload: []byte("x"), PayloadType: "text", Signatures: []*dsse.Signature{{Sig: sig}}},
 			Verifiers: []*pb.Verifier{v},
 		}}},

@@ -231,7 +231,7 @@ func TestClientOfSigstoreGo(t *testing.T) {
 }
 
 func envelopeRequest(payloadType string, payload, sig []byte, v *pb.Verifier) *pb.CreateEntryRequest {
-	return &pb.CreateEntryRequest{Spec: &pb.CreateEntryRequest_DsseRequestV002{DsseRequestV002: &pb.DSSERequestV002{ //nolint:staticcheck // under test
+	return &pb.CreateEntryRequest{Spec: &pb.CreateEntryRequest_DsseRequestV002{DsseRequestV002: &pb.DSSERequestV002{
 		Envelope:  &dsse.Envelope{Payload: payload, PayloadType: payloadType, Signatures: []*dsse.Signature{{Sig: sig, Keyid: "ignored"}}},
 		Verifiers: []*pb.Verifier{v},
 	}}}
