@@ -55,9 +55,10 @@ type Config struct {
 	Tokens map[string]Token `yaml:"tokens"`
 	// CA is who may have which certificate.
 	CA CA `yaml:"ca"`
-	// CT and Rekor are the current shards of the two logs.
-	CT    Log `yaml:"ct"`
-	Rekor Log `yaml:"rekor"`
+	// CT is the current shard of the Certificate Transparency log, Rekor that
+	// of the signature log.
+	CT    Log   `yaml:"ct"`
+	Rekor Rekor `yaml:"rekor"`
 	// TSA is the timestamp authority.
 	TSA TSA `yaml:"tsa"`
 }
@@ -102,6 +103,29 @@ type Log struct {
 	// Default: for CT HOST[:PORT]/ct/SHARD, for Rekor HOST.
 	Origin string `yaml:"origin"`
 }
+
+// Rekor names a shard of the signature log and says who may write to it.
+type Rekor struct {
+	Log `yaml:",inline"`
+	// Writers is Certified (default) or Anyone.
+	Writers Writers `yaml:"writers"`
+	// Rate is how many entries per second one client address may submit, 0 to
+	// 1,000,000, 0 = no limit; Burst how many at once, default 10.
+	Rate  float64 `yaml:"rate"`
+	Burst int     `yaml:"burst"`
+	// Frozen shards are read and take no entry.
+	Frozen bool `yaml:"frozen"`
+}
+
+// Writers says whose entries a signature log takes.
+type Writers string
+
+// Certified takes entries that carry a certificate of our CA, Anyone takes
+// every entry whose signature verifies.
+const (
+	Certified Writers = "certified"
+	Anyone    Writers = "anyone"
+)
 
 // TSA configures the timestamp authority.
 type TSA struct {
@@ -190,7 +214,7 @@ func (c *Config) finish() error {
 	if err := c.CT.finish("ct", host+"/ct/"+c.CT.Shard); err != nil {
 		return err
 	}
-	if err := c.Rekor.finish("rekor", (&url.URL{Host: host}).Hostname()); err != nil {
+	if err := c.Rekor.finish((&url.URL{Host: host}).Hostname()); err != nil {
 		return err
 	}
 	return c.TSA.finish()
@@ -245,6 +269,25 @@ func (l *Log) finish(name, origin string) error {
 	}
 	if strings.ContainsAny(l.Origin, " \t\r\n+") || len(l.Origin) > 255 {
 		return fmt.Errorf("%s.origin: %.80q has white space or +, or is too long", name, l.Origin)
+	}
+	return nil
+}
+
+func (r *Rekor) finish(origin string) error {
+	if err := r.Log.finish("rekor", origin); err != nil {
+		return err
+	}
+	if r.Writers == "" {
+		r.Writers = Certified
+	}
+	if r.Burst == 0 {
+		r.Burst = 10
+	}
+	switch {
+	case r.Writers != Certified && r.Writers != Anyone:
+		return fmt.Errorf("rekor.writers: %.80q, want %s or %s", r.Writers, Certified, Anyone)
+	case !(r.Rate >= 0 && r.Rate <= 1e6) || r.Burst < 1 || r.Burst > 1e6:
+		return errors.New("rekor: rate 0 to 1000000, burst 1 to 1000000")
 	}
 	return nil
 }

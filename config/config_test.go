@@ -41,6 +41,7 @@ func TestDefaults(t *testing.T) {
 		"CT origin":    {c.CT.Origin, "sig.example:8443/ct/ct1"},
 		"Rekor origin": {c.Rekor.Origin, "sig.example"},
 		"policy":       {c.TSA.Policy, defaultPolicy},
+		"writers":      {string(c.Rekor.Writers), "certified"},
 		"state":        {c.State, "/etc/chancery/state"},
 		"trust":        {c.Trust, "/trust"},
 		"PIN":          {c.Tokens["online"].PIN.String(), "file:/etc/chancery/pin"},
@@ -105,6 +106,9 @@ func TestRefused(t *testing.T) {
 		{"private network", edit("ca: {", "ca: {private-networks: [ten], "), ""},
 		{"shard with a slash", edit("ct1", "../ct1"), "ct.shard"},
 		{"no shard", edit("{shard: log1}", "{}"), "rekor.shard"},
+		{"unknown writers", edit("{shard: log1}", "{shard: log1, writers: friends}"), "rekor.writers"},
+		{"negative rate", edit("{shard: log1}", "{shard: log1, rate: -1}"), "rate"},
+		{"rate that is no number", edit("{shard: log1}", "{shard: log1, rate: .nan}"), "rate"},
 		{"origin with a space", edit("{shard: log1}", `{shard: log1, origin: "a b"}`), "rekor.origin"},
 		{"policy", minimal + "tsa: {policy: 1.2.x}\n", "tsa.policy"},
 	}

@@ -4,10 +4,10 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net/http"
@@ -53,7 +53,7 @@ func BenchmarkPath(b *testing.B) {
 
 	d := benchDemo(b, shim)
 	b.Run("issue", func(b *testing.B) {
-		body := signingRequest(b, d.token(map[string]any{"exp": time.Now().Add(time.Hour).Unix()}), user)
+		body := signingRequest(b, freshKey(b), d.token(map[string]any{"exp": time.Now().Add(time.Hour).Unix()}), user)
 		request := func(int64) (string, []byte) { return "/api/v2/signingCert", body }
 		for _, clients := range []int{1, 8, 32} {
 			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
@@ -67,7 +67,7 @@ func BenchmarkPath(b *testing.B) {
 	b.Run("entries", func(b *testing.B) {
 		for _, clients := range []int{1, 32, 128} {
 			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
-				entries := makeEntries(b, b.N)
+				entries := makeEntries(b, d, b.N)
 				request := func(i int64) (string, []byte) { return "/api/v2/log/entries", entries[i] }
 				load{d, shim, clients, http.StatusCreated, request}.run(b)
 			})
@@ -230,17 +230,19 @@ func report(b *testing.B, times []time.Duration, took time.Duration) float64 {
 	return rate
 }
 
-// makeEntries makes n distinct, valid log entries, as cosign sends them.
-func makeEntries(b *testing.B, n int) [][]byte {
+// makeEntries makes n distinct, valid log entries, as cosign sends them: with
+// a certificate of the demo's CA.
+func makeEntries(b *testing.B, d *demo, n int) [][]byte {
 	b.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
+	key := freshKey(b)
+	answer := d.post("/api/v2/signingCert", "application/json", signingRequest(b, key, d.token(nil), user), http.StatusOK)
+	var issued struct {
+		SignedCertificateEmbeddedSct struct{ Chain struct{ Certificates []string } }
+	}
+	if err := json.Unmarshal(answer, &issued); err != nil {
 		b.Fatal(err)
 	}
-	spki, err := x509.MarshalPKIXPublicKey(key.Public())
-	if err != nil {
-		b.Fatal(err)
-	}
+	leaf, _ := pem.Decode([]byte(issued.SignedCertificateEmbeddedSct.Chain.Certificates[0]))
 	entries := make([][]byte, n)
 	for i := range entries {
 		digest := sha256.Sum256([]byte(strconv.Itoa(i)))
@@ -251,7 +253,7 @@ func makeEntries(b *testing.B, n int) [][]byte {
 		entries[i], err = protojson.Marshal(&rekorpb.CreateEntryRequest{Spec: &rekorpb.CreateEntryRequest_HashedRekordRequestV002{
 			HashedRekordRequestV002: &rekorpb.HashedRekordRequestV002{Digest: digest[:], Signature: &rekorpb.Signature{
 				Content: sig, Verifier: &rekorpb.Verifier{KeyDetails: v1.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256,
-					Verifier: &rekorpb.Verifier_PublicKey{PublicKey: &rekorpb.PublicKey{RawBytes: spki}}},
+					Verifier: &rekorpb.Verifier_X509Certificate{X509Certificate: &v1.X509Certificate{RawBytes: leaf.Bytes}}},
 			}},
 		}})
 		if err != nil {

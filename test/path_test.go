@@ -440,13 +440,20 @@ func (d *demo) sign(t testing.TB) {
 	must(t, nil, chancery, "verify", "--trust", d.dir, "--certificate-identity", user, "--certificate-oidc-issuer", d.issuer, file)
 }
 
-// signingRequest is the body of POST /api/v2/signingCert for a fresh key.
-func signingRequest(t testing.TB, token, subject string) []byte {
+// freshKey makes a P-256 key as a client does for one signature.
+func freshKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return key
+}
+
+// signingRequest is the body of POST /api/v2/signingCert for a key, whose proof
+// of possession signs subject.
+func signingRequest(t testing.TB, key *ecdsa.PrivateKey, token, subject string) []byte {
+	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
 		t.Fatal(err)
@@ -492,7 +499,7 @@ func TestRefusedTokens(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			body := d.post("/api/v2/signingCert", "application/json", signingRequest(t, test.token, test.subject), test.status)
+			body := d.post("/api/v2/signingCert", "application/json", signingRequest(t, freshKey(t), test.token, test.subject), test.status)
 			if !strings.Contains(string(body), test.message) {
 				t.Errorf("answer %.300s, want %q", body, test.message)
 			}

@@ -122,7 +122,7 @@ func (p *printer) step(name, what string, took time.Duration) {
 func (p *printer) explain(d *demo.Demo, once bool) {
 	p.printf("\nAll of it is in %s\n", d.Dir())
 	if once {
-		p.printf("Keep it running with: chancery demo --dir %s\n", quote(d.Dir()))
+		p.printf("Keep it running with: %s demo --dir %s\n", quote(os.Args[0]), quote(d.Dir()))
 	}
 	p.printf(`
 With the demo running, cosign 3 signs and verifies against it:

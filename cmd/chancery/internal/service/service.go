@@ -28,6 +28,7 @@ import (
 
 	"github.com/labstack/echo/v4"
 	"golang.org/x/net/netutil"
+	"golang.org/x/time/rate"
 
 	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/ca/identity"
@@ -108,7 +109,7 @@ func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 		return fmt.Errorf("open logs: %w", err)
 	}
 	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
-	for _, name := range []string{treeName("ct", cfg.CT), treeName("rekor", cfg.Rekor)} {
+	for _, name := range []string{treeName("ct", cfg.CT), treeName("rekor", cfg.Rekor.Log)} {
 		if err := head.CreateAnchor(anchorPath(cfg, name)); err != nil {
 			return fmt.Errorf("create anchor of log %s: %w", name, err)
 		}
@@ -191,14 +192,19 @@ func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (*ct.
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
-	opened, err = s.openLog(ctx, treeName("rekor", s.cfg.Rekor), rekorKey, rekorFormat, 0, 0)
+	opened, err = s.openLog(ctx, treeName("rekor", s.cfg.Rekor.Log), rekorKey, rekorFormat, 0, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
-	rekorLog, err := rekor.New(rekor.Config{
+	cfg := rekor.Config{
 		Tree: opened.tree, Heads: opened.heads, Origin: s.cfg.Rekor.Origin, PublicKey: rekorKey.Public(),
+		Frozen: s.cfg.Rekor.Frozen, Rate: rate.Limit(s.cfg.Rekor.Rate), Burst: s.cfg.Rekor.Burst,
 		Now: s.clock.Now, Logger: s.log,
-	})
+	}
+	if s.cfg.Rekor.Writers == config.Certified {
+		cfg.Roots, cfg.Intermediates = chain[len(chain)-1:], chain[:len(chain)-1]
+	}
+	rekorLog, err := rekor.New(cfg)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
