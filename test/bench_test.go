@@ -237,7 +237,9 @@ func makeEntries(b *testing.B, d *demo, n int) [][]byte {
 	key := freshKey(b)
 	answer := d.post("/api/v2/signingCert", "application/json", signingRequest(b, key, d.token(nil), user), http.StatusOK)
 	var issued struct {
-		SignedCertificateEmbeddedSct struct{ Chain struct{ Certificates []string } }
+		SignedCertificateEmbeddedSct struct {
+			Chain struct{ Certificates []string }
+		}
 	}
 	if err := json.Unmarshal(answer, &issued); err != nil {
 		b.Fatal(err)
