@@ -15,7 +15,6 @@ import (
 
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/config"
-	"github.com/chancery-ca/chancery/log/tree"
 )
 
 func newServe() *cobra.Command {
@@ -71,8 +70,7 @@ func notify(logger *slog.Logger, state string) {
 
 // startHint says what usually mends a start that failed.
 func startHint(err error) error {
-	switch {
-	case errors.Is(err, tree.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+	if errors.Is(err, service.ErrNoLogs) {
 		return hint(err, "a new service needs its logs made once: chancery init --config FILE")
 	}
 	return err

@@ -19,6 +19,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -55,6 +56,10 @@ const (
 	// maxConnections bounds the open connections of the listener.
 	maxConnections = 8192
 )
+
+// ErrNoLogs: the logs that the configuration names were never created, or
+// their files are gone.
+var ErrNoLogs = errors.New("logs not found")
 
 // Options are what the configuration file cannot say.
 type Options struct {
@@ -141,6 +146,9 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 		return err
 	}
 	ctLog, rekorLog, err := s.openLogs(ctx, chain)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, tree.ErrNotFound) {
+		return fmt.Errorf("%w: %w", ErrNoLogs, err)
+	}
 	if err != nil {
 		return err
 	}
