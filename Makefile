@@ -11,7 +11,7 @@ BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
 
 # Debian packages, each with a command or file that shows it is there.
-PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd python3
+PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd systemd-container python3 curl
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
