@@ -11,6 +11,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
+
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 const examplePath = "../config/example/genesis.yaml"
@@ -29,22 +31,22 @@ func TestParseDefinitionExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[trust.Role]string{
-		trust.RoleRoot: "root-g1", trust.RoleTSARoot: "tsa-root", trust.RoleIntermediate: "inter-g1",
-		trust.RoleCT: "ct-1", trust.RoleRekor: "rekor-1", trust.RoleTSA: "tsa-1",
+	want := map[hsm.Role]string{
+		hsm.RoleRoot: "root-g1", hsm.RoleTSARoot: "tsa-root", hsm.RoleIntermediate: "inter-g1",
+		hsm.RoleCT: "ct-1", hsm.RoleRekor: "rekor-1", hsm.RoleTSA: "tsa-1",
 	}
 	for _, role := range trust.Roles() {
 		if got := d.keyOfRole(role); got != want[role] {
 			t.Errorf("role %s: key %q, want %q", role, got, want[role])
 		}
 	}
-	if got, want := d.LogOrigin(trust.RoleCT), "sig.acme.example/ct/ct2026"; got != want {
+	if got, want := d.LogOrigin(hsm.RoleCT), "sig.acme.example/ct/ct2026"; got != want {
 		t.Errorf("CT origin %q, want %q", got, want)
 	}
-	if got, want := d.LogOrigin(trust.RoleRekor), "sig.acme.example"; got != want {
+	if got, want := d.LogOrigin(hsm.RoleRekor), "sig.acme.example"; got != want {
 		t.Errorf("Rekor origin %q, want %q", got, want)
 	}
-	if got, want := d.LogURL(trust.RoleRekor), "https://sig.acme.example/log/log2026-1"; got != want {
+	if got, want := d.LogURL(hsm.RoleRekor), "https://sig.acme.example/log/log2026-1"; got != want {
 		t.Errorf("Rekor URL %q, want %q", got, want)
 	}
 }
@@ -67,7 +69,7 @@ func TestDemoDefinitionIsTheExample(t *testing.T) {
 	if diff := cmp.Diff(example.Entropy, demo.Entropy); diff != "" {
 		t.Errorf("entropy (-example +demo):\n%s", diff)
 	}
-	if got := demo.LogOrigin(trust.RoleCT); strings.Contains(got, "8443") {
+	if got := demo.LogOrigin(hsm.RoleCT); strings.Contains(got, "8443") {
 		t.Errorf("the demo's CT origin %q depends on the port", got)
 	}
 }
@@ -112,7 +114,7 @@ func TestParseDefinitionOfTheSpecification(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := d.keyOfRole(trust.RoleRekorV1); got != "rekor-v1-1" {
+	if got := d.keyOfRole(hsm.RoleRekorV1); got != "rekor-v1-1" {
 		t.Errorf("rekor-v1 key %q", got)
 	}
 	if _, err := Plan(d); !errors.Is(err, ErrNotInVersion) {

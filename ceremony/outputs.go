@@ -205,7 +205,7 @@ func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File,
 
 // keyRing says where the keys are.
 func (f *facts) keyRing() (*trust.KeyRing, error) {
-	ring := &trust.KeyRing{Tokens: map[string]trust.Token{}, Keys: map[trust.Role]trust.Key{}}
+	ring := &trust.KeyRing{Tokens: map[string]trust.Token{}, Keys: map[hsm.Role]trust.Key{}}
 	for name, inv := range f.inventory {
 		ring.Tokens[name] = trust.Token{URI: observedURI(inv.Token, f.def.Tokens[name].URI), Module: inv.Token.Module}
 	}
@@ -255,7 +255,7 @@ func (f *facts) trustedRoot(root, inter, tsaRoot, tsa *x509.Certificate) (trust.
 			BaseURL: d.LogURL(l.role), PublicKey: pub,
 			Validity: trust.Validity{Start: f.openedAt.Truncate(time.Second)},
 		}
-		if l.role == trust.RoleCT {
+		if l.role == hsm.RoleCT {
 			tr.CTLogs = append(tr.CTLogs, log)
 		} else {
 			tr.Logs = append(tr.Logs, log)
@@ -302,11 +302,11 @@ func (f *facts) signingConfig(inter *x509.Certificate) trust.SigningConfig {
 
 // LogURL returns the base URL by which the trusted root names the first shard
 // of a log: URL/ct/SHARD or URL/log/SHARD. It is "" for other roles.
-func (d *Definition) LogURL(role trust.Role) string {
+func (d *Definition) LogURL(role hsm.Role) string {
 	for _, l := range d.logs() {
 		switch {
 		case l.role != role:
-		case role == trust.RoleCT:
+		case role == hsm.RoleCT:
 			return d.Service.URL + "/ct/" + l.Shard.Shard
 		default:
 			return d.Service.URL + "/log/" + l.Shard.Shard
@@ -319,17 +319,17 @@ func (d *Definition) LogURL(role trust.Role) string {
 // the bare host for Rekor v2, HOST[:port]/ct/SHARD for CT unless the
 // definition says otherwise. A Rekor v1 log's ends with its tree id, which
 // only the service knows: it is "" here.
-func (d *Definition) LogOrigin(role trust.Role) string {
+func (d *Definition) LogOrigin(role hsm.Role) string {
 	u, err := url.Parse(d.Service.URL)
 	if err != nil { // validated
 		return ""
 	}
 	switch {
-	case role == trust.RoleRekor:
+	case role == hsm.RoleRekor:
 		return u.Hostname()
-	case role == trust.RoleCT && d.Service.Logs.CT.Origin != "":
+	case role == hsm.RoleCT && d.Service.Logs.CT.Origin != "":
 		return d.Service.Logs.CT.Origin
-	case role == trust.RoleCT:
+	case role == hsm.RoleCT:
 		return u.Host + "/ct/" + d.Service.Logs.CT.Shard
 	}
 	return ""

@@ -6,6 +6,7 @@ import (
 
 	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 // StepKind is what a step does.
@@ -100,7 +101,7 @@ func (d *Definition) certificateOrder() []string {
 }
 
 // keyOfRole returns the name of the role's key, or "".
-func (d *Definition) keyOfRole(role trust.Role) string {
+func (d *Definition) keyOfRole(role hsm.Role) string {
 	for _, name := range sorted(d.uses) {
 		if d.uses[name].role == role {
 			return name

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/chancery-ca/chancery/ca/profile"
-	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -62,7 +61,7 @@ type entropyResult struct {
 
 // keyIntent is the intent of StepKey.
 type keyIntent struct {
-	Role        trust.Role    `json:"role"`
+	Role        hsm.Role      `json:"role"`
 	Token       string        `json:"token"`
 	Label       string        `json:"label"`
 	ID          string        `json:"id"` // CKA_ID, 16 random octets
@@ -258,7 +257,7 @@ func (f *facts) takeCommitments(rec *Record) error {
 	if want := append(slices.Clone(f.def.Entropy.Contributors), hardwareShare); !slices.Equal(who, want) {
 		return bad(rec, "commitments are not those of the definition's contributors")
 	}
-	if d.Token != f.def.Keys[f.def.keyOfRole(trust.RoleRoot)].Token {
+	if d.Token != f.def.Keys[f.def.keyOfRole(hsm.RoleRoot)].Token {
 		return bad(rec, "hardware random is not of the root's token")
 	}
 	f.commitments = &d

@@ -78,7 +78,7 @@ type Result struct {
 	// Certificates are by the names of the definition.
 	Certificates map[string]*x509.Certificate
 	// Roles says which key (by its name in the definition) has which role.
-	Roles map[trust.Role]string
+	Roles map[hsm.Role]string
 	// Head is the hash of the transcript's last record.
 	Head [sha256.Size]byte
 	// Records is the length of the transcript.
@@ -340,7 +340,7 @@ func randomOctets(ctx context.Context, tok hsm.Token, n int) ([]byte, error) {
 // Interrupted in between it begins again: the earlier commitments stay in the
 // transcript for all to see.
 func (r *run) entropy(ctx context.Context, s Step) error {
-	token := r.def.Keys[r.def.keyOfRole(trust.RoleRoot)].Token
+	token := r.def.Keys[r.def.keyOfRole(hsm.RoleRoot)].Token
 	hardware, err := randomOctets(ctx, r.opts.Tokens[token], shareSize)
 	if err != nil {
 		return err
@@ -387,7 +387,7 @@ func (r *run) result() (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	roles := map[trust.Role]string{}
+	roles := map[hsm.Role]string{}
 	for key, u := range r.def.uses {
 		roles[u.role] = key
 	}

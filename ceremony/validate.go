@@ -31,7 +31,7 @@ var (
 
 // use is what one key is for.
 type use struct {
-	role        trust.Role
+	role        hsm.Role
 	certificate string // name in Definition.Certificates, or ""
 }
 
@@ -307,7 +307,7 @@ func (d *Definition) checkService(f *faults) {
 			f.add("service: logs: %s and %s have one shard name", other, l.role)
 		}
 		shards[l.Shard.Shard] = string(l.role)
-		if l.Origin != "" && (l.role != trust.RoleCT || !originRule.MatchString(l.Origin)) {
+		if l.Origin != "" && (l.role != hsm.RoleCT || !originRule.MatchString(l.Origin)) {
 			f.add("service: logs: %s: origin %.80q cannot be set, or is malformed", l.role, l.Origin)
 		}
 	}
@@ -341,16 +341,16 @@ func (d *Definition) checkTUF(f *faults) {
 
 // namedShard is a log of the definition with its role.
 type namedShard struct {
-	role trust.Role
+	role hsm.Role
 	*Shard
 }
 
 func (d *Definition) logs() []namedShard {
 	var out []namedShard
 	for _, l := range []namedShard{
-		{trust.RoleCT, d.Service.Logs.CT},
-		{trust.RoleRekor, d.Service.Logs.Rekor},
-		{trust.RoleRekorV1, d.Service.Logs.RekorV1},
+		{hsm.RoleCT, d.Service.Logs.CT},
+		{hsm.RoleRekor, d.Service.Logs.Rekor},
+		{hsm.RoleRekorV1, d.Service.Logs.RekorV1},
 	} {
 		if l.Shard != nil {
 			out = append(out, l)
@@ -377,15 +377,15 @@ func (d *Definition) certificateKind(name string) profile.Kind {
 }
 
 // kindRole maps a certificate's kind to its key's role.
-var kindRole = map[profile.Kind]trust.Role{
-	profile.Root: trust.RoleRoot, profile.TSARoot: trust.RoleTSARoot,
-	profile.Intermediate: trust.RoleIntermediate, profile.TSA: trust.RoleTSA,
+var kindRole = map[profile.Kind]hsm.Role{
+	profile.Root: hsm.RoleRoot, profile.TSARoot: hsm.RoleTSARoot,
+	profile.Intermediate: hsm.RoleIntermediate, profile.TSA: hsm.RoleTSA,
 }
 
 // assignUses gives every key its one use, or says which key has none or two.
 func (d *Definition) assignUses(f *faults) {
 	d.uses = map[string]use{}
-	roles := map[trust.Role]string{}
+	roles := map[hsm.Role]string{}
 	assign := func(key string, u use) {
 		if other, ok := d.uses[key]; ok {
 			f.add("keys: %s has two uses, %s and %s: one key, one role", key, other.role, u.role)
@@ -406,8 +406,8 @@ func (d *Definition) assignUses(f *faults) {
 		}
 	}
 	for _, name := range sorted(d.Keys) {
-		if _, ok := d.uses[name]; !ok && baseName(name) == string(trust.RoleTUFOnline) {
-			assign(name, use{role: trust.RoleTUFOnline})
+		if _, ok := d.uses[name]; !ok && baseName(name) == string(hsm.RoleTUFOnline) {
+			assign(name, use{role: hsm.RoleTUFOnline})
 		} else if !ok {
 			f.add("keys: %s has no use: no certificate and no log names it", name)
 		}
@@ -417,17 +417,17 @@ func (d *Definition) assignUses(f *faults) {
 
 // checkRoles wants every role filled and the key types that all clients can
 // verify: logs, timestamps and TUF are P-256.
-func (d *Definition) checkRoles(f *faults, roles map[trust.Role]string) {
+func (d *Definition) checkRoles(f *faults, roles map[hsm.Role]string) {
 	if d.Kind != Genesis {
 		return
 	}
 	for _, role := range trust.Roles() {
 		key, ok := roles[role]
-		if !ok && !role.Optional() {
+		if !ok && !trust.Optional(role) {
 			f.add("role %s has no key", role)
 		}
 		switch role {
-		case trust.RoleCT, trust.RoleRekor, trust.RoleRekorV1, trust.RoleTSA, trust.RoleTUFOnline:
+		case hsm.RoleCT, hsm.RoleRekor, hsm.RoleRekorV1, hsm.RoleTSA, hsm.RoleTUFOnline:
 			if ok && d.Keys[key].Algorithm != hsm.ECDSAP256 {
 				f.add("keys: %s: the role %s needs %s", key, role, hsm.ECDSAP256)
 			}
@@ -459,7 +459,7 @@ func (d *Definition) logKey(l namedShard, f *faults) string {
 
 // baseName cuts the generation from a key's name: "ct-1" and "ct-g1" are "ct".
 func baseName(key string) string {
-	if key == string(trust.RoleRekorV1) {
+	if key == string(hsm.RoleRekorV1) {
 		return key
 	}
 	return generation.ReplaceAllString(key, "")

@@ -16,7 +16,8 @@ import (
 
 	"github.com/sigstore/sigstore-go/pkg/root"
 
-	"github.com/chancery-ca/chancery/ceremony/trust"
+
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 // TestOutputs looks at one ceremony's outputs in every way.
@@ -283,13 +284,13 @@ func outputsBySigstore(t *testing.T, d *Definition, res *Result, opts Options) {
 		t.Error("the timestamp authority is not tsa and tsa-root")
 	}
 	for id, l := range tr.RekorLogs() {
-		spki := res.Keys.Keys[trust.RoleRekor].SPKI
-		if id != hexOf(spki) || l.BaseURL != d.LogURL(trust.RoleRekor) || l.ValidityPeriodStart.IsZero() {
+		spki := res.Keys.Keys[hsm.RoleRekor].SPKI
+		if id != hexOf(spki) || l.BaseURL != d.LogURL(hsm.RoleRekor) || l.ValidityPeriodStart.IsZero() {
 			t.Errorf("log %s at %s", id, l.BaseURL)
 		}
 	}
 	for id := range tr.CTLogs() {
-		if id != hexOf(res.Keys.Keys[trust.RoleCT].SPKI) {
+		if id != hexOf(res.Keys.Keys[hsm.RoleCT].SPKI) {
 			t.Errorf("CT log %s", id)
 		}
 	}

@@ -115,7 +115,7 @@ func TestRolePolicy(t *testing.T) {
 	backup := with("EXTRACTABLE", "true", "NEVER_EXTRACTABLE", "false")
 	restored := with("LOCAL", "false", "ALWAYS_SENSITIVE", "false", "NEVER_EXTRACTABLE", "false")
 	plain := with("SENSITIVE", "false")
-	online := []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekorV1, hsm.RoleRekorV2, hsm.RoleTSA, hsm.RoleTUF, "unknown", ""}
+	online := []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekorV1, hsm.RoleRekor, hsm.RoleTSA, hsm.RoleTUFOnline, "unknown", ""}
 	for _, role := range online {
 		for name, attributes := range map[string]map[string]string{"backup": backup, "restored": restored, "plain": plain} {
 			if err := role.Policy().Check(attributes); !errors.Is(err, hsm.ErrPolicy) {

@@ -6,19 +6,20 @@ import (
 	"strings"
 )
 
-// Role is what a key is for. A role decides the Policy of its key.
+// Role is what a key is for, by the name that ceremonies and keys.yaml use. A
+// role decides the Policy of its key.
 type Role string
 
-// The roles of our keys (design.md, "Which keys").
+// The roles of our keys. RoleRekor is the Rekor v2 log.
 const (
 	RoleRoot         Role = "root"
 	RoleTSARoot      Role = "tsa-root"
 	RoleIntermediate Role = "intermediate"
 	RoleCT           Role = "ct"
+	RoleRekor        Role = "rekor"
 	RoleRekorV1      Role = "rekor-v1"
-	RoleRekorV2      Role = "rekor-v2"
 	RoleTSA          Role = "tsa"
-	RoleTUF          Role = "tuf"
+	RoleTUFOnline    Role = "tuf-online"
 )
 
 // Policy returns what the role allows. The two roots are kept offline and may

@@ -16,36 +16,16 @@ import (
 	"github.com/chancery-ca/chancery/hsm"
 )
 
-// Role is what a key is for. A key has one role, and a role one key.
-type Role string
-
-// The roles of keys.yaml. RekorV1 and TUFOnline are optional.
-const (
-	RoleRoot         Role = "root"
-	RoleTSARoot      Role = "tsa-root"
-	RoleIntermediate Role = "intermediate"
-	RoleCT           Role = "ct"
-	RoleRekor        Role = "rekor"
-	RoleRekorV1      Role = "rekor-v1"
-	RoleTSA          Role = "tsa"
-	RoleTUFOnline    Role = "tuf-online"
-)
-
 // Roles lists every role in the order in which keys are made and written.
-func Roles() []Role {
-	return []Role{RoleRoot, RoleTSARoot, RoleIntermediate, RoleCT, RoleRekor, RoleRekorV1, RoleTSA, RoleTUFOnline}
+func Roles() []hsm.Role {
+	return []hsm.Role{
+		hsm.RoleRoot, hsm.RoleTSARoot, hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleRekorV1, hsm.RoleTSA, hsm.RoleTUFOnline,
+	}
 }
 
 // Optional says whether a Chancery can do without the role.
-func (r Role) Optional() bool { return r == RoleRekorV1 || r == RoleTUFOnline }
-
-func (r Role) known() bool {
-	for _, k := range Roles() {
-		if r == k {
-			return true
-		}
-	}
-	return false
+func Optional(role hsm.Role) bool {
+	return role == hsm.RoleRekorV1 || role == hsm.RoleTUFOnline
 }
 
 // KeyRing is the content of keys.yaml: where each role's key lives and which
@@ -54,7 +34,7 @@ type KeyRing struct {
 	// Tokens are the devices, by the names of the ceremony's definition.
 	Tokens map[string]Token
 	// Keys are the keys, by role.
-	Keys map[Role]Key
+	Keys map[hsm.Role]Key
 }
 
 // Token is a device as the service finds it again.
@@ -125,7 +105,7 @@ func ParseKeyRing(data []byte) (*KeyRing, error) {
 	if f.Version != 1 {
 		return nil, fmt.Errorf("read keys: version %d, want 1: %w", f.Version, ErrFormat)
 	}
-	ring := &KeyRing{Tokens: map[string]Token{}, Keys: map[Role]Key{}}
+	ring := &KeyRing{Tokens: map[string]Token{}, Keys: map[hsm.Role]Key{}}
 	for name, t := range f.Tokens {
 		ring.Tokens[name] = Token(t)
 	}
@@ -134,7 +114,7 @@ func ParseKeyRing(data []byte) (*KeyRing, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read key %.40q: %w", role, errors.Join(ErrFormat, err))
 		}
-		ring.Keys[Role(role)] = Key{Token: k.Token, URI: k.URI, SPKI: spki}
+		ring.Keys[hsm.Role(role)] = Key{Token: k.Token, URI: k.URI, SPKI: spki}
 	}
 	if err := ring.check(); err != nil {
 		return nil, fmt.Errorf("read keys: %w", err)
@@ -188,9 +168,9 @@ func (r *KeyRing) check() error {
 			return fmt.Errorf("token %.40q: URI %.200q: %w", name, t.URI, ErrFormat)
 		}
 	}
-	seen := map[[32]byte]Role{}
+	seen := map[[32]byte]hsm.Role{}
 	for role, k := range r.Keys {
-		if !role.known() {
+		if !slices.Contains(Roles(), role) {
 			return fmt.Errorf("unknown role %.40q: %w", role, ErrFormat)
 		}
 		if _, ok := r.Tokens[k.Token]; !ok {
@@ -205,7 +185,7 @@ func (r *KeyRing) check() error {
 		seen[k.SPKI] = role
 	}
 	for _, role := range Roles() {
-		if _, ok := r.Keys[role]; !ok && !role.Optional() {
+		if _, ok := r.Keys[role]; !ok && !Optional(role) {
 			return fmt.Errorf("role %s has no key: %w", role, ErrIncomplete)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 func newKeyRing() *KeyRing {
@@ -18,7 +20,7 @@ func newKeyRing() *KeyRing {
 			"root":   {"pkcs11:token=acme%20root;serial=01", "/usr/lib/softhsm/libsofthsm2.so"},
 			"online": {"tpm2:?device=/dev/tpmrm0", ""},
 		},
-		Keys: map[Role]Key{},
+		Keys: map[hsm.Role]Key{},
 	}
 	for i, role := range Roles() {
 		ring.Keys[role] = Key{"root", "pkcs11:token=acme%20root;object=" + string(role) + ";id=%01", [32]byte{byte(i + 1)}}
@@ -46,7 +48,7 @@ func TestKeyRingRoundTrip(t *testing.T) {
 	if again, err := got.Marshal(); err != nil || !bytes.Equal(again, data) {
 		t.Errorf("written again it differs (%v)", err)
 	}
-	if ref := got.Keys[RoleCT].Ref(); ref.URI != want.Keys[RoleCT].URI || ref.SPKI != want.Keys[RoleCT].SPKI {
+	if ref := got.Keys[hsm.RoleCT].Ref(); ref.URI != want.Keys[hsm.RoleCT].URI || ref.SPKI != want.Keys[hsm.RoleCT].SPKI {
 		t.Errorf("ref %v", ref)
 	}
 	if _, err := LoadKeyRing(path + "x"); !errors.Is(err, fs.ErrNotExist) {
@@ -92,13 +94,13 @@ func TestParseKeyRingRefuses(t *testing.T) {
 		})
 	}
 	ring := newKeyRing()
-	delete(ring.Keys, RoleTSA)
+	delete(ring.Keys, hsm.RoleTSA)
 	if _, err := ring.Marshal(); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("a ring without a timestamp key: %v, want ErrIncomplete", err)
 	}
 	ring = newKeyRing()
-	delete(ring.Keys, RoleRekorV1)
-	delete(ring.Keys, RoleTUFOnline)
+	delete(ring.Keys, hsm.RoleRekorV1)
+	delete(ring.Keys, hsm.RoleTUFOnline)
 	if _, err := ring.Marshal(); err != nil {
 		t.Errorf("a ring without the optional keys: %v", err)
 	}

@@ -19,7 +19,7 @@ import (
 
 // onlineRoles are the keys that the service signs with. The roots stay where
 // the ceremony left them.
-var onlineRoles = []trust.Role{trust.RoleIntermediate, trust.RoleCT, trust.RoleRekor, trust.RoleTSA}
+var onlineRoles = []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleTSA}
 
 // maxChain bounds a certificate file, in octets.
 const maxChain = 1 << 20
@@ -51,7 +51,7 @@ func (s *Service) openKeys(ctx context.Context) error {
 
 // openKey opens a key and holds what the token says of it against the policy
 // of its role.
-func openKey(ctx context.Context, token hsm.Token, role trust.Role, ref hsm.Ref) (hsm.Key, error) {
+func openKey(ctx context.Context, token hsm.Token, role hsm.Role, ref hsm.Ref) (hsm.Key, error) {
 	key, err := token.Open(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -60,7 +60,7 @@ func openKey(ctx context.Context, token hsm.Token, role trust.Role, ref hsm.Ref)
 	if err != nil {
 		return nil, fmt.Errorf("read its attributes: %w", err)
 	}
-	return key, hsm.Role(role).Policy().Check(evidence.Attributes)
+	return key, role.Policy().Check(evidence.Attributes)
 }
 
 func (s *Service) openToken(ctx context.Context, name string, where trust.Token) (hsm.Token, error) {

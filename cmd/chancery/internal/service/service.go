@@ -35,7 +35,6 @@ import (
 	"github.com/chancery-ca/chancery/ca/identity"
 	caserver "github.com/chancery-ca/chancery/ca/server"
 	"github.com/chancery-ca/chancery/ca/tsa"
-	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/ct"
@@ -76,7 +75,7 @@ type Service struct {
 	clock *clock
 
 	tokens   map[string]hsm.Token
-	keys     map[trust.Role]hsm.Key
+	keys     map[hsm.Role]hsm.Key
 	identity *identity.Verifier
 	engine   *tree.Engine
 	logs     []openLog // what of the logs is open, in the order of opening
@@ -129,7 +128,7 @@ func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 func Open(ctx context.Context, cfg *config.Config, opts Options) (*Service, error) {
 	s := &Service{
 		cfg: cfg, log: opts.Logger, clock: newClock(opts.Logger),
-		tokens: map[string]hsm.Token{}, keys: map[trust.Role]hsm.Key{},
+		tokens: map[string]hsm.Token{}, keys: map[hsm.Role]hsm.Key{},
 	}
 	if err := s.open(ctx, opts); err != nil {
 		return nil, errors.Join(err, s.Close(context.WithoutCancel(ctx)))
@@ -177,7 +176,7 @@ func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (*ct.
 	if err != nil {
 		return nil, nil, fmt.Errorf("open logs: %w", err)
 	}
-	ctKey, rekorKey := s.keys[trust.RoleCT], s.keys[trust.RoleRekor]
+	ctKey, rekorKey := s.keys[hsm.RoleCT], s.keys[hsm.RoleRekor]
 
 	ctFormat, err := ct.NewFormat(s.cfg.CT.Origin, ctKey.Public())
 	if err != nil {
@@ -242,7 +241,7 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 // openCA opens the certificate authority and joins it to the CT log.
 func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log *ct.Log, opts Options) (*caserver.Server, error) {
 	authority, err := ca.New(ca.Config{
-		Key: s.keys[trust.RoleIntermediate], Chain: chain, SCTs: sctSource{log}, LogKey: s.keys[trust.RoleCT].Public(),
+		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: sctSource{log}, LogKey: s.keys[hsm.RoleCT].Public(),
 		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
 	})
 	if err != nil {
@@ -275,7 +274,7 @@ func (s *Service) openTSA() (*tsa.Authority, error) {
 		return nil, fmt.Errorf("read timestamp policy: %w", err)
 	}
 	authority, err := tsa.New(tsa.Config{
-		Key: s.keys[trust.RoleTSA], Chain: chain, Now: s.clock.Now, Policy: id, Logger: s.log,
+		Key: s.keys[hsm.RoleTSA], Chain: chain, Now: s.clock.Now, Policy: id, Logger: s.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open timestamp authority: %w", err)
