@@ -16,7 +16,6 @@ import (
 
 	"github.com/sigstore/sigstore-go/pkg/root"
 
-
 	"github.com/chancery-ca/chancery/hsm"
 )
 
