@@ -115,6 +115,7 @@ func New(cfg Config) (*Log, error) {
 	if err := cfg.check(); err != nil {
 		return nil, fmt.Errorf("configure CT log: %w", err)
 	}
+	cfg.Key = latchedKey{cfg.Key, cfg.Heads}
 	logID, err := hsm.SPKIHash(cfg.Key.Public())
 	if err != nil {
 		return nil, fmt.Errorf("configure CT log: %w", err)

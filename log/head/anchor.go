@@ -38,6 +38,12 @@ type Record struct {
 	Epoch uint64
 	// SPKI is the SHA-256 of the head key's SubjectPublicKeyInfo.
 	SPKI [sha256.Size]byte
+	// Loss marks a record that AcceptLoss wrote: nobody signed its head, and
+	// Signature and Note are empty. Replaced is then the SHA-256 of the slot
+	// that it replaced, of the whole file if that was damaged, and zero if
+	// there was none.
+	Loss     bool
+	Replaced [sha256.Size]byte
 	Signed
 }
 
@@ -47,14 +53,15 @@ type Record struct {
 //	         8  version, 2 octets: 1
 //	        10  length of the signature, 2 octets
 //	        12  length of the note, 2 octets
-//	        14  zero, 2 octets
+//	        14  kind, 2 octets: 0 a signed head, 1 an accepted loss
 //	        16  sequence, 8 octets: record n is in slot n mod 2, 0 holds no head
 //	        24  epoch, 8 octets
 //	        32  SPKI, 32 octets
 //	        64  tree size, 8 octets
 //	        72  root, 32 octets
 //	       104  time, 8 octets: milliseconds since 1970
-//	       112  signature, note, zeros
+//	       112  signature, note, zeros; of an accepted loss, in place of the
+//	            signature, SHA-256 of the record replaced
 //	      4064  SHA-256 of all octets before it
 //
 // A record is written with one pwrite and one fdatasync. A write that was torn
@@ -64,6 +71,7 @@ const (
 	slotSize     = 4096
 	anchorMagic  = "CHANHEAD"
 	anchorFormat = 1
+	kindLoss     = 1
 	slotBody     = 112
 	slotSum      = slotSize - sha256.Size
 	maxVariable  = slotSum - slotBody // octets of signature and note together
@@ -73,15 +81,23 @@ var errSlot = errors.New("slot not valid")
 
 // marshal encodes a slot. The zero Record is the empty slot 0 of a new file.
 func (r Record) marshal() ([]byte, error) {
-	if len(r.Signature)+len(r.Note) > maxVariable {
+	signature, kind := r.Signature, uint16(0)
+	if r.Loss {
+		if len(r.Signature)+len(r.Note) > 0 {
+			return nil, errors.New("an accepted loss has no signature")
+		}
+		signature, kind = r.Replaced[:], kindLoss
+	}
+	if len(signature)+len(r.Note) > maxVariable {
 		return nil, fmt.Errorf("note of %d octets does not fit the anchor", len(r.Note))
 	}
 	b := make([]byte, slotBody, slotSize)
 	copy(b, anchorMagic)
 	be := binary.BigEndian
 	be.PutUint16(b[8:], anchorFormat)
-	be.PutUint16(b[10:], uint16(len(r.Signature)))
+	be.PutUint16(b[10:], uint16(len(signature)))
 	be.PutUint16(b[12:], uint16(len(r.Note)))
+	be.PutUint16(b[14:], kind)
 	be.PutUint64(b[16:], r.Sequence)
 	be.PutUint64(b[24:], r.Epoch)
 	copy(b[32:], r.SPKI[:])
@@ -90,7 +106,7 @@ func (r Record) marshal() ([]byte, error) {
 	if r.Sequence > 0 {
 		be.PutUint64(b[104:], uint64(r.Time.UnixMilli()))
 	}
-	b = append(append(b, r.Signature...), r.Note...)
+	b = append(append(b, signature...), r.Note...)
 	b = b[:slotSum]
 	sum := sha256.Sum256(b)
 	return append(b, sum[:]...), nil
@@ -123,6 +139,12 @@ func parseSlot(number uint64, b []byte) (Record, error) {
 	}
 	r.Signature = bytes.Clone(b[slotBody : slotBody+sig])
 	r.Note = bytes.Clone(b[slotBody+sig : slotBody+sig+note])
+	if be.Uint16(b[14:]) == kindLoss {
+		if sig != sha256.Size || r.Sequence == 0 {
+			return r, errSlot
+		}
+		r.Loss, r.Replaced, r.Signature = true, [sha256.Size]byte(r.Signature), nil
+	}
 	if again, err := r.marshal(); err != nil || !bytes.Equal(again, b) || r.Sequence%2 != number {
 		return r, errSlot
 	}
@@ -169,8 +191,25 @@ func CreateAnchor(path string) error {
 }
 
 // OpenAnchor opens the anchor file at path for this process alone. Errors:
-// ErrAnchor if it is missing, has another size or is in use.
+// ErrAnchor if it is missing (with fs.ErrNotExist), has another size (with
+// ErrDamaged) or is in use.
 func OpenAnchor(path string) (*FileAnchor, error) {
+	a, err := lockAnchor(path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := a.f.Stat()
+	if err == nil && info.Size() != 2*slotSize {
+		err = fmt.Errorf("%d octets, want %d: %w", info.Size(), 2*slotSize, ErrDamaged)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open anchor %s: %w: %w", path, err, ErrAnchor), a.Close())
+	}
+	return a, nil
+}
+
+// lockAnchor opens and locks a file that may be damaged.
+func lockAnchor(path string) (*FileAnchor, error) {
 	f, err := os.OpenFile(filepath.Clean(path), os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open anchor: %w: %w", err, ErrAnchor)
@@ -180,8 +219,8 @@ func OpenAnchor(path string) (*FileAnchor, error) {
 		return nil, fmt.Errorf("lock anchor %s: %w: %w", path, err, ErrAnchor)
 	}
 	info, err := f.Stat()
-	if err == nil && (!info.Mode().IsRegular() || info.Size() != 2*slotSize) {
-		err = fmt.Errorf("%d octets, want %d", info.Size(), 2*slotSize)
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("not a file")
 	}
 	if err != nil {
 		_ = f.Close()
@@ -212,7 +251,7 @@ func (a *FileAnchor) Load() (Record, bool, error) {
 		}
 	}
 	if valid == 0 {
-		return Record{}, false, fmt.Errorf("read anchor: both slots damaged: %w", ErrAnchor)
+		return Record{}, false, fmt.Errorf("read anchor: both slots damaged: %w: %w", ErrDamaged, ErrAnchor)
 	}
 	return best, best.Sequence > 0, nil
 }

@@ -9,8 +9,9 @@
 // The package promises that a head is published only after it is in the
 // anchor, that no two published heads of one size differ, and that each is
 // consistent with every earlier one, across crashes and restored databases:
-// at start the anchor is compared with the tree, and a tree that is behind or
-// beside its anchor is refused with ErrFork. It trusts the anchor file (an
+// at start the anchor is compared with the tree, and for a tree that is behind
+// or beside its anchor, or has none, the Publisher opens latched: it signs and
+// appends nothing until an operator has acted (see latch). It trusts the anchor file (an
 // attacker who can roll back both the database and the anchor can roll back
 // the log) and the key.
 package head
@@ -38,6 +39,8 @@ var (
 	// ErrAnchor: the anchor file is missing, damaged or in use. A missing one
 	// is never made silently: CreateAnchor is an operator's act.
 	ErrAnchor = errors.New("anchor unusable")
+	// ErrDamaged: nothing in the anchor file is valid. It comes with ErrAnchor.
+	ErrDamaged = errors.New("anchor damaged")
 )
 
 // Head is what is signed about a tree.
@@ -70,11 +73,13 @@ type Format interface {
 
 // Publication is the reading side of a Publisher: what front ends are given.
 type Publication interface {
-	// Latest returns the newest published head, from memory.
+	// Latest returns the newest published head, from memory. It is zero, with
+	// no signature, in a log that is latched because its anchor is missing.
 	Latest() Signed
 	// Await asks for and waits for a published head with Size ≥ size. Errors:
 	// ErrUnavailable, ErrFork, ErrClosed, ctx.Err().
 	Await(ctx context.Context, size uint64) (Signed, error)
-	// Err returns why the log is not signing heads, or nil: for readiness.
+	// Err returns why the log is not signing heads, or nil: for readiness. While
+	// it is ErrFork nothing may be appended or promised.
 	Err() error
 }

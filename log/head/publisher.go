@@ -88,14 +88,17 @@ type Stats struct {
 type Publisher struct {
 	cfg    Config
 	anchor Anchor
-	pub    *ecdsa.PublicKey
-	spki   [sha256.Size]byte
+	// noAnchor is why anchor is a stand-in, or nil; set before run.
+	noAnchor error
+	pub      *ecdsa.PublicKey
+	spki     [sha256.Size]byte
 
 	ctx     context.Context // of the attempt under way
 	cancel  context.CancelFunc
 	kick    chan struct{} // capacity 1: something to look at
 	stopped chan struct{} // closed when run has returned
 
+	latched    latch
 	latest     atomic.Pointer[Signed]
 	signatures atomic.Uint64
 	heads      atomic.Uint64
@@ -135,15 +138,24 @@ var _ Publication = (*Publisher)(nil)
 
 // Open compares the anchor with the key, the format and the tree, and starts
 // publishing. For an anchor that holds no head yet and an empty tree it signs
-// and anchors the first head before it returns. Errors: ErrAnchor,
-// ErrMismatch, ErrFork, ErrUnavailable.
+// and anchors the first head before it returns; for one that AcceptLoss wrote,
+// the head of the tree that was accepted. When the tree does not continue the
+// anchored head, or the anchor is missing or damaged, the Publisher is latched
+// and there is no error: Err is ErrFork, and Latest the anchored head if there
+// is one. Errors: ErrAnchor (in use, not readable), ErrMismatch,
+// ErrUnavailable.
 func Open(ctx context.Context, cfg Config) (*Publisher, error) {
 	p, err := prepare(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open publisher: %w", err)
 	}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := p.start(ctx); err != nil {
+	root := p.cfg.Tree.Root()
+	err = p.start(ctx, root)
+	switch {
+	case errors.Is(err, ErrFork):
+		p.latchOn(ctx, err, root)
+	case err != nil:
 		p.cancel()
 		return nil, errors.Join(fmt.Errorf("open publisher: %w", err), p.anchor.Close())
 	}
@@ -178,7 +190,13 @@ func prepare(cfg Config) (*Publisher, error) {
 		return nil, err
 	}
 	if p.anchor == nil {
-		if p.anchor, err = OpenAnchor(cfg.Anchor); err != nil {
+		a, err := OpenAnchor(cfg.Anchor)
+		switch {
+		case err == nil:
+			p.anchor = a
+		case isLost(err):
+			p.anchor, p.noAnchor = lost{}, err
+		default:
 			return nil, err
 		}
 	}
@@ -193,21 +211,30 @@ func orDefault[T int | time.Duration](v, dflt T) T {
 }
 
 // start brings the Publisher to its first head.
-func (p *Publisher) start(ctx context.Context) error {
+func (p *Publisher) start(ctx context.Context, root tree.Root) error {
+	if p.noAnchor != nil {
+		return lossOf(p.noAnchor)
+	}
 	rec, ok, err := p.anchor.Load()
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrDamaged):
+		return lossOf(err)
+	case err != nil:
 		return err
-	}
-	root := p.cfg.Tree.Root()
-	if ok {
+	case ok && rec.Loss:
+		return p.accept(ctx, rec, root)
+	case ok:
 		return p.resume(ctx, rec, root)
-	}
-	if root.Size != 0 {
+	case root.Size != 0:
 		return fmt.Errorf("the anchor holds no head but the tree has %d leaves: %w", root.Size, ErrFork)
-	}
-	if root.Hash != tree.EmptyRoot() {
+	case root.Hash != tree.EmptyRoot():
 		return fmt.Errorf("root of the empty tree: %w", ErrFork)
 	}
+	return p.first(ctx, root)
+}
+
+// first signs, anchors and publishes a head before anybody waits for it.
+func (p *Publisher) first(ctx context.Context, root tree.Root) error {
 	next, err := p.sign(ctx, root)
 	if err != nil {
 		return err
@@ -216,25 +243,27 @@ func (p *Publisher) start(ctx context.Context) error {
 	return nil
 }
 
+// accept takes up a tree that an operator accepted in the place of the
+// anchored one.
+func (p *Publisher) accept(ctx context.Context, rec Record, root tree.Root) error {
+	if err := rec.Verify(p.pub, p.cfg.Format); err != nil {
+		return err
+	}
+	p.last = rec
+	if err := p.first(ctx, root); err != nil {
+		return err
+	}
+	p.cfg.Logger.Error("an operator accepted the loss of a log's last head: the log goes on from another tree",
+		"size", rec.Size, "root", fmt.Sprintf("%x", rec.Root), "sequence", rec.Sequence, "replaced", fmt.Sprintf("%x", rec.Replaced))
+	return nil
+}
+
 // resume takes up the anchored head after checking that it is ours.
 func (p *Publisher) resume(ctx context.Context, rec Record, root tree.Root) error {
-	if rec.SPKI != p.spki {
-		return fmt.Errorf("head key has SPKI %x…, the anchor %x…: %w", p.spki[:8], rec.SPKI[:8], ErrMismatch)
+	if err := rec.Verify(p.pub, p.cfg.Format); err != nil {
+		return err
 	}
-	msg, err := p.cfg.Format.Message(rec.Head)
-	if err != nil {
-		return fmt.Errorf("encode anchored head: %w", err)
-	}
-	if digest := sha256.Sum256(msg); !ecdsa.VerifyASN1(p.pub, digest[:], rec.Signature) {
-		return fmt.Errorf("signature of the anchored head: %w", ErrMismatch)
-	}
-	note, err := p.cfg.Format.Note(rec.Head, rec.Signature)
-	if err != nil {
-		return fmt.Errorf("encode anchored note: %w", err)
-	}
-	if !bytes.Equal(noteText(note), noteText(rec.Note)) {
-		return fmt.Errorf("origin of the anchored head: %w", ErrMismatch)
-	}
+	p.latest.Store(&rec.Signed)
 	if err := p.extends(ctx, rec.Head, root); err != nil {
 		return err
 	}
@@ -244,7 +273,6 @@ func (p *Publisher) resume(ctx context.Context, rec Record, root tree.Root) erro
 	if now, err := p.cfg.Now(); err == nil && now.After(rec.Time) {
 		p.at = p.at.Add(-now.Sub(rec.Time))
 	}
-	p.latest.Store(&rec.Signed)
 	return nil
 }
 
@@ -255,7 +283,12 @@ func noteText(note []byte) []byte {
 }
 
 // Latest implements Publication.
-func (p *Publisher) Latest() Signed { return *p.latest.Load() }
+func (p *Publisher) Latest() Signed {
+	if s := p.latest.Load(); s != nil {
+		return *s
+	}
+	return Signed{}
+}
 
 // Err implements Publication.
 func (p *Publisher) Err() error {
@@ -281,8 +314,12 @@ func (p *Publisher) Stats() Stats {
 }
 
 // Await implements Publication. A head that is published already is returned
-// even when the Publisher cannot sign.
+// even when the Publisher cannot sign, unless it is latched and the tree does
+// not give its root.
 func (p *Publisher) Await(ctx context.Context, size uint64) (Signed, error) {
+	if err := p.unproven(); err != nil {
+		return Signed{}, err
+	}
 	if s := p.latest.Load(); s.Size >= size {
 		return *s, nil
 	}
@@ -433,6 +470,10 @@ func (p *Publisher) attempt(root tree.Root) bool {
 		return true
 	}
 	p.failures.Add(1)
+	if errors.Is(err, ErrFork) {
+		p.latchOn(p.ctx, err, root)
+		return false
+	}
 	p.failed, p.retry = true, time.Now().Add(p.backoff)
 	p.backoff = min(2*p.backoff, p.cfg.MaxBackoff)
 	p.mu.Lock()
@@ -441,11 +482,6 @@ func (p *Publisher) attempt(root tree.Root) bool {
 	}
 	p.err = err
 	p.mu.Unlock()
-	if errors.Is(err, ErrFork) {
-		p.cfg.Logger.Error("log is read-only: tree contradicts its last signed head", "size", p.last.Size, "tree_size", root.Size, "error", err)
-		p.answer(^uint64(0), outcome{err: err})
-		return false
-	}
 	p.cfg.Logger.Error("tree head not signed", "size", root.Size, "error", err)
 	// Those whose leaves came during the attempt would fare no better.
 	p.answer(max(root.Size, p.cfg.Tree.Root().Size), outcome{err: err})

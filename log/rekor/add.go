@@ -88,6 +88,9 @@ func (l *Log) add(ctx context.Context, e *entry, now time.Time) (*receipt, error
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
+	if err := l.cfg.Heads.Err(); errors.Is(err, head.ErrFork) {
+		return nil, fmt.Errorf("append entry: %w", err) // it would get no head
+	}
 	hash := tree.LeafHash(e.leaf)
 	stored, existed, err := l.cfg.Tree.Append(ctx, tree.Leaf{Value: e.leaf})
 	if err != nil {

@@ -255,7 +255,8 @@ type faulty struct {
 	tree.Tree
 	head.Publication
 	appendErr, awaitErr error
-	lost                bool // Append fails after it has appended
+	latched             error // Err says this
+	lost                bool  // Append fails after it has appended
 	wrongProof          bool
 }
 
@@ -285,7 +286,35 @@ func (f *faulty) InclusionProof(ctx context.Context, index, size uint64) ([]tree
 	return p, err
 }
 
-func (f *faulty) Err() error { return f.Publication.Err() }
+func (f *faulty) Err() error {
+	if f.latched != nil {
+		return f.latched
+	}
+	return f.Publication.Err()
+}
+
+// TestLatchedLogAppendsNothing: an entry that would get no head is refused
+// before it is in the tree.
+func TestLatchedLogAppendsNothing(t *testing.T) {
+	bad := &faulty{}
+	f := newFixture(t, func(c *rekor.Config) {
+		bad.Tree, bad.Publication = c.Tree, c.Heads
+		c.Tree, c.Heads = bad, bad
+	})
+	bad.latched = fmt.Errorf("secret: %w", head.ErrFork)
+	b := body(t, p256(t).request(t, "artefact"))
+	resp, answer := f.post(t, b)
+	if s := parseStatus(t, answer); resp.StatusCode != 503 || s.Message != "the log is not available now; retry" {
+		t.Errorf("latched: %d %s", resp.StatusCode, answer)
+	}
+	if size := f.tree.Root().Size; size != 0 {
+		t.Errorf("the tree has %d leaves, want none", size)
+	}
+	bad.latched = nil
+	if resp, answer := f.post(t, b); resp.StatusCode != 201 {
+		t.Errorf("unlatched: %d %s", resp.StatusCode, answer)
+	}
+}
 
 func TestFaults(t *testing.T) {
 	bad := &faulty{}

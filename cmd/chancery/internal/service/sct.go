@@ -7,6 +7,7 @@ import (
 
 	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/log/ct"
+	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/tree"
 )
 
@@ -35,7 +36,7 @@ func passing(err error) error {
 	switch {
 	case errors.Is(err, tree.ErrBusy):
 		return fmt.Errorf("%w: %w", ca.ErrBusy, err)
-	case errors.Is(err, ct.ErrUnavailable), errors.Is(err, tree.ErrClosed), errors.Is(err, tree.ErrStorage):
+	case errors.Is(err, ct.ErrUnavailable), errors.Is(err, tree.ErrClosed), errors.Is(err, tree.ErrStorage), errors.Is(err, head.ErrFork):
 		return fmt.Errorf("%w: %w", ca.ErrUnavailable, err)
 	}
 	return err

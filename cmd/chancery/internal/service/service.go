@@ -3,7 +3,8 @@
 // TLS listener.
 //
 // It promises an order. At start: tokens and keys (each key by its URI and its
-// public key), logs (locked, compared with their anchors), authorities
+// public key), logs (locked, compared with their anchors; one that contradicts its
+// anchor is read-only and the service not ready), authorities
 // (certificates compared with keys), and only then the listener. At the end:
 // not ready, no new requests, requests in flight answered, heads signed, logs
 // drained, tokens logged out. A part that does not fit stops the start; there
@@ -233,7 +234,7 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 		return openLog{}, err
 	}
 	s.clock.Observe(heads.Latest().Time)
-	opened := openLog{name, t, heads}
+	opened := openLog{name, heads.Tree(), heads}
 	s.logs = append(s.logs, opened)
 	return opened, nil
 }

@@ -1,0 +1,28 @@
+package ct
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/head"
+)
+
+// latchedKey is the log's key as SCTs use it: while the log is latched
+// read-only it promises nothing, because nothing can be kept. The question is
+// asked last, before the token.
+type latchedKey struct {
+	hsm.Key
+	heads head.Publication
+}
+
+// SignContext implements hsm.Key. Errors: ErrUnavailable with head.ErrFork in a
+// latched log, and those of the key.
+func (k latchedKey) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if err := k.heads.Err(); errors.Is(err, head.ErrFork) {
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return k.Key.SignContext(ctx, digest, opts)
+}

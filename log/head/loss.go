@@ -1,0 +1,226 @@
+package head
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/tree"
+	"golang.org/x/sys/unix"
+)
+
+// readAttempts is how often ReadAnchor looks again at a slot that does not
+// verify: the process that owns the file may be writing it.
+const readAttempts = 5
+
+// AnchorState is what an anchor file holds, for people.
+type AnchorState struct {
+	// Record is the newest valid one; its Sequence is 0 if no head was ever
+	// stored.
+	Record Record
+	// Damaged are the numbers, 0 or 1, of the slots that are neither valid nor
+	// of a file that was never written so far. After a torn write one slot is
+	// damaged until the next head.
+	Damaged []int
+}
+
+// ReadAnchor reads the anchor file at path without locking it, also while a
+// Publisher writes to it. It reads the newest record that was whole at some
+// moment of the call. Errors: ErrAnchor; with fs.ErrNotExist if there is no
+// file, with ErrDamaged if no slot is valid.
+func ReadAnchor(path string) (AnchorState, error) {
+	var state AnchorState
+	for range readAttempts {
+		b, err := os.ReadFile(filepath.Clean(path))
+		if err != nil {
+			return AnchorState{}, fmt.Errorf("read anchor: %w: %w", err, ErrAnchor)
+		}
+		if len(b) != 2*slotSize {
+			return AnchorState{}, fmt.Errorf("read anchor %s: %d octets, want %d: %w: %w", path, len(b), 2*slotSize, ErrDamaged, ErrAnchor)
+		}
+		if state, err = parseAnchor(b); err != nil {
+			return AnchorState{}, err
+		}
+		if len(state.Damaged) == 0 {
+			break
+		}
+	}
+	if len(state.Damaged) == 2 {
+		return state, fmt.Errorf("read anchor %s: both slots damaged: %w: %w", path, ErrDamaged, ErrAnchor)
+	}
+	return state, nil
+}
+
+func parseAnchor(b []byte) (AnchorState, error) {
+	var s AnchorState
+	for n := range uint64(2) {
+		slot := b[n*slotSize : (n+1)*slotSize]
+		r, err := parseSlot(n, slot)
+		switch {
+		case errors.Is(err, ErrAnchor):
+			return s, fmt.Errorf("read anchor: %w", err)
+		case err != nil && n == 1 && bytes.Equal(slot, make([]byte, slotSize)) && s.Record.Sequence == 0 && len(s.Damaged) == 0:
+			// A new file: CreateAnchor leaves slot 1 empty.
+		case err != nil:
+			s.Damaged = append(s.Damaged, int(n))
+		case r.Sequence > s.Record.Sequence:
+			s.Record = r
+		}
+	}
+	return s, nil
+}
+
+// Verify checks a record against the log that it should be of: its key, its
+// signature and the origin in its note. A record of an accepted loss has no
+// signature. Errors: ErrMismatch.
+func (r Record) Verify(pub *ecdsa.PublicKey, format Format) error {
+	spki, err := hsm.SPKIHash(pub)
+	if err != nil {
+		return err
+	}
+	if r.SPKI != spki {
+		return fmt.Errorf("head key has SPKI %x…, the anchor %x…: %w", spki[:8], r.SPKI[:8], ErrMismatch)
+	}
+	if r.Loss {
+		return nil
+	}
+	msg, err := format.Message(r.Head)
+	if err != nil {
+		return fmt.Errorf("encode anchored head: %w", err)
+	}
+	if digest := sha256.Sum256(msg); !ecdsa.VerifyASN1(pub, digest[:], r.Signature) {
+		return fmt.Errorf("signature of the anchored head: %w", ErrMismatch)
+	}
+	note, err := format.Note(r.Head, r.Signature)
+	if err != nil {
+		return fmt.Errorf("encode anchored note: %w", err)
+	}
+	if !bytes.Equal(noteText(note), noteText(r.Note)) {
+		return fmt.Errorf("origin of the anchored head: %w", ErrMismatch)
+	}
+	return nil
+}
+
+// Loss is what an operator accepts: that the log goes on from this tree, not
+// from the one that the anchor names.
+type Loss struct {
+	// Key is the head key's public half. An anchor of another key is refused.
+	Key *ecdsa.PublicKey
+	// Size and Root are of the tree that is there.
+	Size uint64
+	Root tree.Hash
+	// Time is now; the record gets the anchored head's if that is later.
+	Time time.Time
+	// Report is called with the record that is replaced, and its octets, under
+	// the anchor's lock and before anything is written. It makes them durable
+	// (an incident file); when it fails nothing is written. lost says that the
+	// anchor was missing or damaged: then there is no old record, and raw is
+	// the damaged file, nil if it is missing.
+	Report func(old, replacement Record, raw []byte, lost bool) error
+}
+
+// AcceptLoss replaces the anchored head by one that nobody signed: the tree
+// that is there. The record is bound to the octets of the one it replaces
+// (Record.Replaced), so that a copy of those shows later what was given up.
+// The next Publisher signs that tree, and only a continuation of it.
+//
+// It breaks the promise of this package, knowingly: whoever saw a lost head
+// can show two contradicting ones. It is never done without an operator. The
+// caller has compared the tree with the anchor. The process that owns the
+// anchor must have ended. Errors: ErrAnchor (in use), ErrMismatch.
+func AcceptLoss(path string, l Loss) (Record, error) {
+	rec, err := acceptLoss(path, l)
+	if err != nil {
+		return Record{}, fmt.Errorf("accept loss: %w", err)
+	}
+	return rec, nil
+}
+
+func acceptLoss(path string, l Loss) (Record, error) {
+	spki, err := hsm.SPKIHash(l.Key)
+	if err != nil {
+		return Record{}, err
+	}
+	next := Record{Sequence: 1, SPKI: spki, Loss: true}
+	next.Head = Head{Size: l.Size, Root: l.Root, Time: l.Time.UTC().Truncate(time.Millisecond)}
+	raw, err := os.ReadFile(filepath.Clean(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := l.Report(Record{}, next, nil, true); err != nil {
+			return Record{}, err
+		}
+		if err := CreateAnchor(path); err != nil {
+			return Record{}, err
+		}
+	} else if err != nil {
+		return Record{}, fmt.Errorf("%w: %w", err, ErrAnchor)
+	}
+	a, err := lockAnchor(path)
+	if err != nil {
+		return Record{}, err
+	}
+	defer func() { _ = a.Close() }()
+	if raw == nil {
+		return next, a.Store(next)
+	}
+	return a.replace(next, l.Report)
+}
+
+// replace stores next in the place of what the locked file holds.
+func (a *FileAnchor) replace(next Record, report func(old, replacement Record, raw []byte, lost bool) error) (Record, error) {
+	raw := make([]byte, 2*slotSize+1)
+	n, err := a.f.ReadAt(raw, 0)
+	if n == len(raw) || err == nil {
+		return Record{}, fmt.Errorf("anchor is larger than %d octets: %w", 2*slotSize, ErrAnchor)
+	}
+	raw = raw[:n]
+	var state AnchorState
+	lost := n != 2*slotSize
+	if !lost {
+		if state, err = parseAnchor(raw); err != nil {
+			return Record{}, err
+		}
+		lost = len(state.Damaged) == 2
+	}
+	old := state.Record
+	switch {
+	case lost:
+		next.Replaced = sha256.Sum256(raw)
+	case old.Sequence > 0 && old.SPKI != next.SPKI:
+		return Record{}, fmt.Errorf("the anchor is of key %x…, the configuration of %x…: %w", old.SPKI[:8], next.SPKI[:8], ErrMismatch)
+	default:
+		slot, err := old.marshal()
+		if err != nil {
+			return Record{}, err
+		}
+		next.Sequence, next.Epoch, next.Replaced = old.Sequence+1, old.Epoch, sha256.Sum256(slot)
+		if old.Time.After(next.Time) {
+			next.Time = old.Time
+		}
+	}
+	if err := report(old, next, raw, lost); err != nil {
+		return Record{}, err
+	}
+	if lost {
+		return next, a.rewrite(next)
+	}
+	return next, a.Store(next)
+}
+
+// rewrite makes a file with nothing valid in it a whole one again, with rec in
+// its slot.
+func (a *FileAnchor) rewrite(rec Record) error {
+	if err := a.f.Truncate(2 * slotSize); err != nil {
+		return fmt.Errorf("write anchor: %w", err)
+	}
+	if err := unix.Fdatasync(int(a.f.Fd())); err != nil {
+		return fmt.Errorf("sync anchor: %w", err)
+	}
+	return a.Store(rec)
+}
