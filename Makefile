@@ -5,13 +5,16 @@ GO          ?= go
 BIN         := bin
 COSIGN_V    := v3.1.3
 COSIGN      := $(BIN)/cosign-$(COSIGN_V)
+SIGSTORE_PY_V := 4.5.1
+SIGSTORE_PY := $(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/sigstore
+SIGSTORE_JS := $(BIN)/sigstore-js/node_modules
 LINT_V      := v2.15.0
 LINT        := $(BIN)/golangci-lint-$(LINT_V)
 BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
 
 # Debian packages, each with a command or file that shows it is there.
-PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd systemd-container python3 curl
+PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
@@ -40,9 +43,18 @@ $(COSIGN):
 	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/sigstore/cosign/v3/cmd/cosign@$(COSIGN_V)
 	mv $(BIN)/tmp/cosign $@
 
-test-clients: build $(COSIGN) ## sign and verify with unmodified cosign
-	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_BIN=$(abspath $(BIN)/chancery) \
-	  $(GO) test -count=1 -timeout 15m -run 'TestCosign' -v ./test
+$(SIGSTORE_PY):
+	python3 -m venv $(BIN)/sigstore-python-$(SIGSTORE_PY_V)
+	$(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/pip install -q sigstore==$(SIGSTORE_PY_V)
+
+$(SIGSTORE_JS):
+	npm install --silent --no-audit --no-fund --prefix $(BIN)/sigstore-js \
+	  @sigstore/sign@5.1.0 @sigstore/verify@4.1.3 @sigstore/bundle@5 @sigstore/protobuf-specs@0.5
+
+test-clients: deps $(COSIGN) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) ## sign and verify with unmodified cosign, sigstore-python and sigstore-js
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_SIGSTORE_PYTHON=$(abspath $(SIGSTORE_PY)) \
+	  CHANCERY_SIGSTORE_JS=$(if $(shell command -v npm),$(abspath $(SIGSTORE_JS))) \
+	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestPython|TestJavaScript' -v ./test
 
 $(LINT):
 	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_V)

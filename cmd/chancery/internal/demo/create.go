@@ -15,6 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
@@ -168,12 +169,36 @@ func (d *Demo) finish() error {
 	if err := d.writeConfig(); err != nil {
 		return err
 	}
+	if err := d.writeClientConfig(); err != nil {
+		return err
+	}
 	raw, err := json.MarshalIndent(d.saved, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write demo state: %w", err)
 	}
 	if err := renameio.WriteFile(d.at.state(), append(raw, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write demo state: %w", err)
+	}
+	return nil
+}
+
+// writeClientConfig joins the two client files for clients that want one
+// (sigstore-python's --trust-config).
+func (d *Demo) writeClientConfig() error {
+	trusted, err := os.ReadFile(d.at.trustedRoot())
+	if err != nil {
+		return fmt.Errorf("read trusted root: %w", err)
+	}
+	signing, err := os.ReadFile(d.at.signingConfig())
+	if err != nil {
+		return fmt.Errorf("read signing configuration: %w", err)
+	}
+	joined, err := trust.MarshalClientConfig(trusted, signing)
+	if err != nil {
+		return err
+	}
+	if err := renameio.WriteFile(d.at.clientConfig(), joined, 0o644); err != nil {
+		return fmt.Errorf("write client configuration: %w", err)
 	}
 	return nil
 }

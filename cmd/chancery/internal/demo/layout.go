@@ -25,6 +25,7 @@ func (l layout) data() string          { return l.path("state") }
 // What a client needs, at the top of the folder.
 func (l layout) trustedRoot() string   { return l.path("trusted_root.json") }
 func (l layout) signingConfig() string { return l.path("signing_config.v0.2.json") }
+func (l layout) clientConfig() string  { return l.path("client_trust_config.json") }
 func (l layout) tlsCA() string         { return l.path("tls-ca.pem") }
 func (l layout) token() string         { return l.path("token") }
 func (l layout) hello() string         { return l.path("hello.txt") }
