@@ -61,8 +61,18 @@ func (a *admin) load(fresh bool) error {
 			return err
 		}
 	}
+	trees, err := readTrees(a.db)
+	if err != nil {
+		return err
+	}
+	a.trees.Store(&trees)
+	return nil
+}
+
+// readTrees reads the list of trees.
+func readTrees(c *conn) (treeMap, error) {
 	trees := make(treeMap)
-	err := a.db.query(context.Background(), "SELECT id, data, sum FROM trees", func(cols []driver.Value) error {
+	err := c.query(context.Background(), "SELECT id, data, sum FROM trees", func(cols []driver.Value) error {
 		id, _ := cols[0].(int64)
 		data, err := checked(inTrees, id, cols[1], cols[2])
 		if err != nil {
@@ -75,11 +85,7 @@ func (a *admin) load(fresh bool) error {
 		trees[id] = &t
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	a.trees.Store(&trees)
-	return nil
+	return trees, err
 }
 
 func (a *admin) current() treeMap { return *a.trees.Load() }

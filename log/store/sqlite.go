@@ -28,6 +28,7 @@ type conn struct {
 const (
 	modeCreate   = "rwc"
 	modeExisting = "rw"
+	modeRead     = "ro"
 )
 
 // busyTimeout bounds, in milliseconds, how long a connection waits for a lock

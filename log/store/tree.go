@@ -139,11 +139,10 @@ func (t *logTree) openConns() error {
 	return err
 }
 
-// load reads the facts, the tip and the lookup.
-func (t *logTree) load() error {
-	ctx := context.Background()
+// checkFacts reads the facts.
+func (t *logTree) checkFacts(c *conn) error {
 	rows := 0
-	err := t.writer.query(ctx, "SELECT tree, secret, sum FROM facts", func(cols []driver.Value) (err error) {
+	err := c.query(context.Background(), "SELECT tree, secret, sum FROM facts", func(cols []driver.Value) (err error) {
 		rows++
 		if id, _ := cols[0].(int64); id != t.id {
 			return fmt.Errorf("%s is the file of tree %d: %w", filepath.Base(t.path), id, ErrCorrupt)
@@ -161,6 +160,15 @@ func (t *logTree) load() error {
 	if rows != 1 {
 		return fmt.Errorf("read facts: %w", ErrCorrupt)
 	}
+	return nil
+}
+
+// load reads the facts, the tip and the lookup.
+func (t *logTree) load() error {
+	if err := t.checkFacts(t.writer); err != nil {
+		return err
+	}
+	ctx := context.Background()
 	tp, err := readTip(ctx, t.writer)
 	if err != nil {
 		return err
