@@ -7,9 +7,12 @@ import (
 	"database/sql/driver"
 	"encoding/binary"
 	"fmt"
+	"runtime"
 	"slices"
 	"sort"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // The lookup answers "at which indices may this hash be?". It is told a
@@ -59,30 +62,55 @@ func (f fingerprinter) of(hash []byte) uint64 {
 	return binary.BigEndian.Uint64(b[:])
 }
 
-// memTable is a generation that is not sealed yet. Leaves with one fingerprint
-// form a chain, newest first.
+// memTable is a generation that is not sealed yet: a hash table with open
+// addressing, 21 octets for a leaf where Go's map takes 40. Leaves with one
+// fingerprint form a chain, newest first.
 type memTable struct {
 	first uint64 // index of its first leaf
 
-	mu    sync.RWMutex
-	fps   []uint64
-	prev  []uint32 // position + 1 of the next older one, 0 at the end
-	heads map[uint64]uint32
+	mu   sync.RWMutex
+	fps  []uint64
+	prev []uint32 // position + 1 of the next older one, 0 at the end
+	// slots hold position + 1 of the newest leaf with a fingerprint, 0 where
+	// there is none; probed one after the other from the fingerprint's low bits
+	// on. Its length is a power of two, at least twice that of fps. Slots were
+	// taken in the order of positions and are freed in the reverse order, so
+	// a freed one interrupts no other's probing.
+	slots []uint32
 }
 
+const minSlots = 1024
+
 func newMemTable(first uint64) *memTable {
-	return &memTable{first: first, heads: make(map[uint64]uint32)}
+	return &memTable{first: first, slots: make([]uint32, minSlots)}
 }
 
 // end is the index after the last leaf that the table may hold.
 func (m *memTable) end() uint64 { return (m.first/generationSize + 1) * generationSize }
 
+// slot returns where a fingerprint is, or the empty place where it belongs.
+func (m *memTable) slot(fp uint64) *uint32 {
+	mask := uint64(len(m.slots) - 1)
+	for i := fp & mask; ; i = (i + 1) & mask {
+		if n := m.slots[i]; n == 0 || m.fps[n-1] == fp {
+			return &m.slots[i]
+		}
+	}
+}
+
 func (m *memTable) add(fp uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if 2*(len(m.fps)+1) > len(m.slots) {
+		m.slots = make([]uint32, 2*len(m.slots))
+		for i, fp := range m.fps {
+			*m.slot(fp) = uint32(i + 1)
+		}
+	}
+	s := m.slot(fp)
 	m.fps = append(m.fps, fp)
-	m.prev = append(m.prev, m.heads[fp])
-	m.heads[fp] = uint32(len(m.fps))
+	m.prev = append(m.prev, *s)
+	*s = uint32(len(m.fps))
 }
 
 // truncate forgets the leaves from index on.
@@ -90,12 +118,7 @@ func (m *memTable) truncate(index uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for n := len(m.fps); n > 0 && m.first+uint64(n) > index; n-- {
-		fp, older := m.fps[n-1], m.prev[n-1]
-		if older == 0 {
-			delete(m.heads, fp)
-		} else {
-			m.heads[fp] = older
-		}
+		*m.slot(m.fps[n-1]) = m.prev[n-1]
 		m.fps, m.prev = m.fps[:n-1], m.prev[:n-1]
 	}
 }
@@ -103,7 +126,7 @@ func (m *memTable) truncate(index uint64) {
 func (m *memTable) find(fp uint64, found []uint64) []uint64 {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	for n := m.heads[fp]; n != 0; n = m.prev[n-1] {
+	for n := *m.slot(fp); n != 0; n = m.prev[n-1] {
 		found = append(found, m.first+uint64(n-1))
 	}
 	return found
@@ -112,7 +135,7 @@ func (m *memTable) find(fp uint64, found []uint64) []uint64 {
 func (m *memTable) has(fp uint64) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	return m.heads[fp] != 0
+	return *m.slot(fp) != 0
 }
 
 // filter is a Bloom filter in blocks of 64 octets with 8 bits for each key.
@@ -124,9 +147,20 @@ const (
 	filterPerLeaf = 2 // octets
 )
 
-func newFilter(n int) filter {
-	blocks := max(1, n*filterPerLeaf/filterBlock)
-	return make(filter, blocks*filterBlock)
+// filterSize is the octets of a filter for n keys.
+func filterSize(n int) int { return max(1, n*filterPerLeaf/filterBlock) * filterBlock }
+
+// newFilter returns an empty filter that owner holds. Its memory is the
+// system's, not the collector's: filters are the one thing here that grows
+// with the log, and on the heap each octet would allow another of garbage. It
+// goes when owner goes, so whoever uses the filter keeps owner alive.
+func newFilter(owner *sealed, size int) filter {
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return make(filter, size)
+	}
+	runtime.AddCleanup(owner, func(b []byte) { _ = unix.Munmap(b) }, b)
+	return b
 }
 
 func (f filter) block(fp uint64) []byte {
@@ -180,11 +214,17 @@ func generationID(k kind, first uint64) int64 {
 	return int64(uint64(k)<<40 | first/generationSize)
 }
 
+// has reports whether the generation may have the fingerprint, without I/O.
+func (g *sealed) has(fp uint64) bool {
+	defer runtime.KeepAlive(g)
+	return g.filter.has(fp)
+}
+
 func bucketID(generation int64, bucket uint64) int64 { return generation<<12 | int64(bucket) }
 
 // find appends the candidates of the generation, reading at most one row.
 func (g *sealed) find(ctx context.Context, c *conn, fp uint64, found []uint64) ([]uint64, error) {
-	if !g.filter.has(fp) {
+	if !g.has(fp) {
 		return found, nil
 	}
 	id := bucketID(g.id, fp>>(64-bucketBits))
@@ -213,7 +253,8 @@ func seal(k kind, m *memTable) (*sealed, [][]byte) {
 	m.mu.RLock()
 	fps := m.fps
 	m.mu.RUnlock()
-	g := &sealed{id: generationID(k, m.first), first: m.first, count: uint64(len(fps)), filter: newFilter(len(fps))}
+	g := &sealed{id: generationID(k, m.first), first: m.first, count: uint64(len(fps))}
+	g.filter = newFilter(g, filterSize(len(fps)))
 	words := make([]uint64, len(fps))
 	for i, fp := range fps {
 		g.filter.add(fp)
@@ -246,6 +287,7 @@ func (g *sealed) store(c *conn, pieces [][]byte) error {
 
 // storeFilter writes the row that makes the buckets of a generation known.
 func (g *sealed) storeFilter(c *conn) error {
+	defer runtime.KeepAlive(g)
 	err := c.exec("INSERT INTO generations (id, first, count, filter, sum) VALUES (?,?,?,?,?)",
 		g.id, int64(g.first), int64(g.count), []byte(g.filter), checksum(inGenerations, g.id, g.filter))
 	if err != nil {
@@ -268,7 +310,10 @@ func loadSealed(ctx context.Context, c *conn) (list [kinds][]*sealed, err error)
 		if k < 0 || k >= kinds || id != generationID(k, uint64(first)) || count <= 0 || (first+count)%generationSize != 0 || count > generationSize || len(f) == 0 || len(f)%filterBlock != 0 {
 			return fmt.Errorf("parse lookup generation %d: %w", id, ErrCorrupt)
 		}
-		list[k] = append(list[k], &sealed{id: id, first: uint64(first), count: uint64(count), filter: f})
+		g := &sealed{id: id, first: uint64(first), count: uint64(count)}
+		g.filter = newFilter(g, len(f))
+		copy(g.filter, f)
+		list[k] = append(list[k], g)
 		return nil
 	})
 	return list, err
@@ -304,7 +349,7 @@ func (v *view) maybe(k kind, fp uint64) bool {
 		}
 	}
 	for _, g := range v.sealed[k] {
-		if g.filter.has(fp) {
+		if g.has(fp) {
 			return true
 		}
 	}
