@@ -88,7 +88,7 @@ func needStrace(t testing.TB) string {
 	if err != nil {
 		t.Skip("strace is not installed")
 	}
-	if out, err := exec.Command(strace, "-f", "-qq", "--seccomp-bpf", "-e", "trace=fsync", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
+	if out, err := exec.Command(strace, "-f", "-qq", "-e", "trace=fsync", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("strace may not trace here: %v: %s", err, out)
 	}
 	return strace
@@ -118,16 +118,16 @@ type fault struct {
 func TestFaults(t *testing.T) {
 	strace := needStrace(t)
 	for _, f := range []fault{
-		{writes, "signal=KILL:when=%d", 60, 25},
-		{syncs, "signal=KILL:when=%d", 30, 25},
-		{plain, "signal=KILL:when=%d", 60, 5},
+		{writes, "signal=KILL:when=%d", 250, 25},
+		{syncs, "signal=KILL:when=%d", 60, 25},
+		{plain, "signal=KILL:when=%d", 100, 5},
 		{lengths, "signal=KILL:when=%d", 3, 3},
 		{names, "signal=KILL:when=%d", 3, 2},
-		{writes, "error=EIO:when=%d", 60, 5},
-		{writes, "error=EIO:when=%d+", 60, 5},
-		{writes, "error=ENOSPC:when=%d", 60, 8},
-		{writes, "error=ENOSPC:when=%d+", 60, 7},
-		{writes, "error=EROFS:when=%d+", 60, 5},
+		{writes, "error=EIO:when=%d", 150, 5},
+		{writes, "error=EIO:when=%d+", 150, 5},
+		{writes, "error=ENOSPC:when=%d", 150, 8},
+		{writes, "error=ENOSPC:when=%d+", 150, 7},
+		{writes, "error=EROFS:when=%d+", 150, 5},
 		{syncs, "error=EIO:when=%d", 30, 5},
 		{syncs, "error=EIO:when=%d+", 30, 5},
 	} {
@@ -160,7 +160,7 @@ func (f fault) torture(t *testing.T, strace string) {
 		// Small n are as likely as large ones together: start-up is short.
 		what := fmt.Sprintf(f.what, int(math.Exp(rand.Float64()*math.Log(float64(f.within+1)))))
 		before := l.said.failed
-		status, complaint := l.run(workOfChild, strace, "-f", "-qq", "--seccomp-bpf", "-o", os.DevNull,
+		status, complaint := l.run(workOfChild, strace, "-f", "-qq", "-o", os.DevNull,
 			"-e", "signal=none", "-e", "trace="+f.calls, "-e", "inject="+f.calls+":"+what)
 		if strings.Contains(complaint, "unclear: ") {
 			t.Fatalf("%s: %s", what, complaint)
