@@ -2,9 +2,7 @@ package ct
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/base64"
-	"encoding/binary"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -245,9 +243,7 @@ func (l *Log) getTile(c echo.Context) error {
 	return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
 }
 
-// dataTile builds the TileLeaf structures of static-ct-api, Log Entries: the
-// TimestampedEntry (whose extensions are empty here), the precertificate of a
-// precert entry, and the fingerprints of the chain.
+// dataTile builds an entry bundle.
 func (l *Log) dataTile(ctx context.Context, p tree.TilePath) ([]byte, error) {
 	var out []byte
 	err := l.entries(ctx, p.Index*tree.TileWidth, uint64(p.Width), 0, func(e tree.Entry, data []byte) error {
@@ -261,33 +257,8 @@ func (l *Log) dataTile(ctx context.Context, p tree.TilePath) ([]byte, error) {
 	return out, err
 }
 
-// tileLeaf turns a MerkleTreeLeaf and its extra_data into a TileLeaf.
-func (l *Log) tileLeaf(value, data []byte) ([]byte, error) {
-	var leaf ct.MerkleTreeLeaf
-	if rest, err := tls.Unmarshal(value, &leaf); err != nil || len(rest) > 0 || len(value) < 2 {
-		return nil, errExtra
-	}
-	precert, chain, err := parseExtra(leaf.TimestampedEntry.EntryType, data)
-	if err != nil {
-		return nil, err
-	}
-	// A MerkleTreeLeaf is version, leaf type and the TimestampedEntry.
-	out := append([]byte(nil), value[2:]...)
-	if leaf.TimestampedEntry.EntryType == ct.PrecertLogEntryType {
-		n := len(precert)
-		out = append(out, byte(n>>16), byte(n>>8), byte(n))
-		out = append(out, precert...)
-	}
-	if len(chain)*sha256.Size > 0xffff {
-		return nil, errExtra
-	}
-	out = binary.BigEndian.AppendUint16(out, uint16(len(chain)*sha256.Size))
-	for _, cert := range chain {
-		fp := l.learn(cert.Data)
-		out = append(out, fp[:]...)
-	}
-	return out, nil
-}
+// tileLeaf encodes an entry and remembers its issuers for /issuer.
+func (l *Log) tileLeaf(value, data []byte) ([]byte, error) { return tileLeaf(value, data, l.learn) }
 
 // number reads a query parameter as RFC 6962 clients write it: decimal digits,
 // at most 2^63 − 1.

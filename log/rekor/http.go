@@ -246,8 +246,22 @@ func (l *Log) getTile(c echo.Context) error {
 	return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
 }
 
-// bundle reads an entry bundle of C2SP tlog-tiles: for each entry its length
-// as a uint16 and its octets.
+// Bundle returns what /tile/entries/… serves for consecutive entries, an entry
+// bundle of C2SP tlog-tiles: for each entry its length as a uint16 and its
+// octets.
+func Bundle(entries []tree.Entry) ([]byte, error) {
+	var out []byte
+	for _, e := range entries {
+		if len(e.Value) > maxEntry {
+			return nil, fmt.Errorf("entry %d has %d octets", e.Index, len(e.Value))
+		}
+		out = binary.BigEndian.AppendUint16(out, uint16(len(e.Value)))
+		out = append(out, e.Value...)
+	}
+	return out, nil
+}
+
+// bundle reads and encodes the entries of a path.
 func (l *Log) bundle(ctx context.Context, p tree.TilePath) ([]byte, error) {
 	next, count := p.Index*tree.TileWidth, uint64(p.Width)
 	var out []byte
@@ -259,14 +273,15 @@ func (l *Log) bundle(ctx context.Context, p tree.TilePath) ([]byte, error) {
 		if len(entries) == 0 || uint64(len(entries)) > count {
 			return nil, fmt.Errorf("the tree gave %d entries for %d", len(entries), count)
 		}
-		for _, e := range entries {
-			if e.Index != next || len(e.Value) > maxEntry {
-				return nil, fmt.Errorf("entry %d at %d has %d octets", e.Index, next, len(e.Value))
-			}
-			out = binary.BigEndian.AppendUint16(out, uint16(len(e.Value)))
-			out = append(out, e.Value...)
-			next++
+		if entries[0].Index != next {
+			return nil, fmt.Errorf("entry %d at %d", entries[0].Index, next)
 		}
+		part, err := Bundle(entries)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, part...)
+		next += uint64(len(entries))
 		count -= uint64(len(entries))
 	}
 	return out, nil
