@@ -7,6 +7,7 @@ import (
 
 	ct "github.com/google/certificate-transparency-go"
 	"github.com/google/certificate-transparency-go/tls"
+	"golang.org/x/crypto/cryptobyte"
 )
 
 // What a leaf keeps beside its hashed value (tree.Leaf.Extra) is ours, and
@@ -23,26 +24,22 @@ var errExtra = errors.New("stored extra data is malformed")
 
 // encodeExtra builds the stored form for a certificate and its chain.
 func encodeExtra(signature []byte, kind ct.LogEntryType, cert []byte, chain [][]byte) ([]byte, error) {
-	certs := make([]ct.ASN1Cert, len(chain))
-	for i, der := range chain {
-		certs[i].Data = der
+	size := 3 + len(signature) + 3 + len(cert) + 3
+	for _, der := range chain {
+		size += 3 + len(der)
 	}
-	var rfc any = ct.CertificateChain{Entries: certs}
+	b := cryptobyte.NewBuilder(make([]byte, 0, size))
+	b.AddUint8(extraVersion)
+	b.AddUint16LengthPrefixed(func(b *cryptobyte.Builder) { b.AddBytes(signature) })
 	if kind == ct.PrecertLogEntryType {
-		rfc = ct.PrecertChainEntry{PreCertificate: ct.ASN1Cert{Data: cert}, CertificateChain: certs}
+		addCert(b, cert)
 	}
-	data, err := tls.Marshal(rfc)
+	addChain(b, chain)
+	out, err := b.Bytes()
 	if err != nil {
 		return nil, fmt.Errorf("encode extra data: %w", err)
 	}
-	if len(signature) > 0xffff {
-		return nil, errors.New("signature too long")
-	}
-	out := make([]byte, 0, 3+len(signature)+len(data))
-	out = append(out, extraVersion)
-	out = binary.BigEndian.AppendUint16(out, uint16(len(signature)))
-	out = append(out, signature...)
-	return append(out, data...), nil
+	return out, nil
 }
 
 // splitExtra returns the SCT signature and the RFC 6962 extra_data.

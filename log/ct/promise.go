@@ -9,10 +9,6 @@ import (
 	"fmt"
 
 	ct "github.com/google/certificate-transparency-go"
-	"github.com/google/certificate-transparency-go/tls"
-	ctx509 "github.com/google/certificate-transparency-go/x509"
-	"golang.org/x/crypto/cryptobyte"
-	"golang.org/x/crypto/cryptobyte/asn1"
 
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -23,6 +19,7 @@ import (
 type Promise struct {
 	log       *Log
 	entry     *ct.TimestampedEntry
+	signed    []byte // what the signature covers, and the leaf's value
 	signature []byte // DER ECDSA
 	sct       []byte
 }
@@ -52,18 +49,11 @@ func (l *Log) promise(ctx context.Context, entry *ct.TimestampedEntry) (*Promise
 		return nil, fmt.Errorf("read clock: %w: time before 1970", ErrUnavailable)
 	}
 	entry.Timestamp = uint64(ms)
-	input, err := tls.Marshal(ct.CertificateTimestamp{
-		SCTVersion:    ct.V1,
-		SignatureType: ct.CertificateTimestampSignatureType,
-		Timestamp:     entry.Timestamp,
-		EntryType:     entry.EntryType,
-		X509Entry:     entry.X509Entry,
-		PrecertEntry:  entry.PrecertEntry,
-	})
+	signed, err := encodeEntry(entry)
 	if err != nil {
-		return nil, fmt.Errorf("encode SCT input: %w", err)
+		return nil, err
 	}
-	digest := sha256.Sum256(input)
+	digest := sha256.Sum256(signed)
 	signature, err := l.cfg.Key.SignContext(ctx, digest[:], crypto.SHA256)
 	if err != nil {
 		if errors.Is(err, hsm.ErrBusy) || errors.Is(err, hsm.ErrLost) {
@@ -75,21 +65,7 @@ func (l *Log) promise(ctx context.Context, entry *ct.TimestampedEntry) (*Promise
 	if err != nil {
 		return nil, err
 	}
-	return &Promise{log: l, entry: entry, signature: signature, sct: sct}, nil
-}
-
-// encodeSCT is the TLS encoding of RFC 6962, Section 3.2, with no extensions.
-func (l *Log) encodeSCT(timestamp uint64, signature []byte) ([]byte, error) {
-	sct, err := tls.Marshal(ct.SignedCertificateTimestamp{
-		SCTVersion: ct.V1,
-		LogID:      ct.LogID{KeyID: l.logID},
-		Timestamp:  timestamp,
-		Signature:  ct.DigitallySigned(digitallySigned(signature)),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("encode SCT: %w", err)
-	}
-	return sct, nil
+	return &Promise{log: l, entry: entry, signed: signed, signature: signature, sct: sct}, nil
 }
 
 // SCT returns the TLS-encoded SignedCertificateTimestamp. The slice belongs to
@@ -131,19 +107,11 @@ func (p *Promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (u
 
 // leaf is the promise as the tree keeps it.
 func (p *Promise) leaf(cert []byte, chain [][]byte) (tree.Leaf, error) {
-	value, err := tls.Marshal(ct.MerkleTreeLeaf{
-		Version:          ct.V1,
-		LeafType:         ct.TimestampedEntryLeafType,
-		TimestampedEntry: p.entry,
-	})
-	if err != nil {
-		return tree.Leaf{}, fmt.Errorf("encode leaf: %w", err)
-	}
 	extra, err := encodeExtra(p.signature, p.entry.EntryType, cert, chain)
 	if err != nil {
 		return tree.Leaf{}, err
 	}
-	return tree.Leaf{Value: value, Extra: extra, Identity: identity(p.entry.EntryType, cert)}, nil
+	return tree.Leaf{Value: p.signed, Extra: extra, Identity: identity(p.entry.EntryType, cert)}, nil
 }
 
 // identity is what makes two submissions the same: the certificate's octets
@@ -153,15 +121,4 @@ func identity(kind ct.LogEntryType, cert []byte) tree.Hash {
 	h.Write([]byte{byte(kind >> 8), byte(kind)})
 	h.Write(cert)
 	return tree.Hash(h.Sum(nil))
-}
-
-// defang returns the TBSCertificate of a DER precertificate without its
-// poison extension. Exactly one poison must be there.
-func defang(precert []byte) ([]byte, error) {
-	var cert, tbs cryptobyte.String
-	in := cryptobyte.String(precert)
-	if !in.ReadASN1(&cert, asn1.SEQUENCE) || !in.Empty() || !cert.ReadASN1Element(&tbs, asn1.SEQUENCE) {
-		return nil, errors.New("not a DER certificate")
-	}
-	return ctx509.RemoveCTPoison(tbs)
 }
