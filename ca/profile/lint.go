@@ -2,7 +2,6 @@ package profile
 
 import (
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"fmt"
@@ -83,13 +82,18 @@ var registry = sync.OnceValues(func() (*linter, error) {
 			return nil, fmt.Errorf("lint exception %s names no lint of the registry", name)
 		}
 	}
-	return &linter{lints: r.CertificateLints().Lints(), config: r.GetConfiguration()}, nil
+	about, err := needs(r.CertificateLints())
+	if err != nil {
+		return nil, err
+	}
+	return &linter{lints: r.CertificateLints().Lints(), needs: about, config: r.GetConfiguration()}, nil
 })
 
 // linter runs zlint's lints; safe for concurrent use, because every run makes
 // its own lint objects.
 type linter struct {
 	lints  []*lint.CertificateLint
+	needs  map[string]string // by name: the extension without which a lint never applies
 	config lint.Configuration
 }
 
@@ -97,6 +101,11 @@ type linter struct {
 func (l *linter) run(cert *zx509.Certificate) []Finding {
 	var found []Finding
 	for _, one := range l.lints {
+		if id, ok := l.needs[one.Name]; ok {
+			if _, present := cert.ExtensionsMap[id]; !present {
+				continue
+			}
+		}
 		r := one.Execute(cert, l.config)
 		if r.Status != lint.Error && r.Status != lint.Warn && r.Status != lint.Fatal {
 			continue
@@ -109,33 +118,46 @@ func (l *linter) run(cert *zx509.Certificate) []Finding {
 	return found
 }
 
-// The throw-away keys that sign the copies to be linted: one per algorithm,
-// for the life of the process, in memory only. Nobody trusts them.
+// The throw-away signatures on the copies to be linted: one per algorithm, for
+// the life of the process, over a random digest and by a key that is forgotten
+// at once. It has the form of a real one, and no lint looks further; nobody's
+// key verifies it on a copy, and a copy that escapes is worth nothing.
 var (
-	throwaway256 = sync.OnceValues(func() (*ecdsa.PrivateKey, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) })
-	throwaway384 = sync.OnceValues(func() (*ecdsa.PrivateKey, error) { return ecdsa.GenerateKey(elliptic.P384(), rand.Reader) })
+	throwaway256 = sync.OnceValues(func() ([]byte, error) { return throwaway(ecdsaSHA256) })
+	throwaway384 = sync.OnceValues(func() ([]byte, error) { return throwaway(ecdsaSHA384) })
 )
 
-// throwawaySign signs tbs with the process's throw-away key for alg.
+// throwaway signs a random digest with a new key.
+func throwaway(alg *algorithm) ([]byte, error) {
+	key, err := ecdsa.GenerateKey(alg.curve, rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("generate throw-away key: %w", err)
+	}
+	digest := make([]byte, alg.hash.Size())
+	if _, err := rand.Read(digest); err != nil {
+		return nil, fmt.Errorf("draw digest: %w", err)
+	}
+	signature, err := ecdsa.SignASN1(rand.Reader, key, digest)
+	if err != nil {
+		return nil, fmt.Errorf("sign with throw-away key: %w", err)
+	}
+	return signature, nil
+}
+
+// throwawaySign puts the process's throw-away signature for alg on tbs.
 func throwawaySign(tbs []byte, alg *algorithm) ([]byte, error) {
 	source := throwaway256
 	if alg == ecdsaSHA384 {
 		source = throwaway384
 	}
-	key, err := source()
+	signature, err := source()
 	if err != nil {
-		return nil, fmt.Errorf("generate throw-away key: %w", err)
-	}
-	h := alg.hash.New()
-	h.Write(tbs)
-	signature, err := ecdsa.SignASN1(rand.Reader, key, h.Sum(nil))
-	if err != nil {
-		return nil, fmt.Errorf("sign with throw-away key: %w", err)
+		return nil, err
 	}
 	return assemble(tbs, alg, signature)
 }
 
-// lintCopy signs tbs with the throw-away key and lints the result.
+// lintCopy puts the throw-away signature on tbs and lints the result.
 func lintCopy(tbs []byte, alg *algorithm, c *candidate) error {
 	der, err := throwawaySign(tbs, alg)
 	if err != nil {
