@@ -32,6 +32,7 @@ var importRules = map[string][]string{
 	"ca/audit":       {},
 	"ca/server":      {"ca", "ca/profile", "ca/identity", "ca/policy", "ca/audit"},
 	"ca/tsa":         {"hsm"},
+	"ca/ctlog":       {"ca"},
 	"log/store":      {},
 	"log/tree":       {"log/store"},
 	"log/head":       {"hsm", "log/tree"},
@@ -43,6 +44,7 @@ var importRules = map[string][]string{
 	// For tests; TestTestPackages keeps them out of the programs.
 	"ca/identity/oidctest": {},
 	"ca/internal/catest":   {"hsm", "hsm/hsmtest", "ca", "ca/profile"},
+	"log/ct/cttest":        {"log/tree"},
 }
 
 // forbidden lists imports that a package must not reach, directly or not.
