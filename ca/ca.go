@@ -12,12 +12,17 @@
 //	TBS, lints ─┤                     ├─ SCT is ours? ─┤                  ├─ release
 //	            └ SCT (CT key)        ┘                └ leaf durable     ┘
 //
+// With a log elsewhere (Submitter) the log sees the precertificate before it
+// gives an SCT, so the steps follow one another: precertificate → SCT, which is
+// verified with the log's key → certificate.
+//
 // The package promises:
 //   - The hardware signs only what the profile has linted, and only within the
 //     validity of every certificate of the CA's chain.
 //   - A certificate leaves only when its precertificate is a durable leaf of
 //     the log and its SCT is for this certificate. When either fails, what was
-//     signed is dropped and never sent.
+//     signed is dropped and never sent. Of a log elsewhere the CA knows only
+//     its signed promise, the SCT.
 //   - At most MaxConcurrent requests are in work; the next gets ErrBusy at
 //     once.
 //
@@ -82,6 +87,17 @@ type Promise interface {
 	Commit(ctx context.Context, precert []byte, chain [][]byte) (index uint64, err error)
 }
 
+// Submitter is a log elsewhere, to which a precertificate is sent as anybody
+// would send it (RFC 6962, Section 4.2). Its errors wrap ErrBusy or
+// ErrUnavailable where trying again helps; any other is ErrLog.
+type Submitter interface {
+	// Submit returns the TLS-encoded SignedCertificateTimestamp that the log
+	// answers with. precert is the DER precertificate and chain its issuers,
+	// root last. What comes back is not trusted: the Authority verifies it
+	// with Config.LogKey.
+	Submit(ctx context.Context, precert []byte, chain [][]byte) (sct []byte, err error)
+}
+
 // Limits and defaults of Config.
 const (
 	// DefaultLifetime is how long a certificate is valid.
@@ -96,11 +112,13 @@ type Config struct {
 	Key hsm.Key
 	// Chain is the CA's certificates, issuer first, root last.
 	Chain []*x509.Certificate
-	// SCTs is the log.
-	SCTs SCTSource
-	// LogKey, if given, is the log's public key, with which every SCT is
-	// verified before its certificate is released. Without it the SCT's
-	// signature is trusted as the source returns it.
+	// SCTs is the log in this process, Submitter the log elsewhere; exactly
+	// one is given.
+	SCTs      SCTSource
+	Submitter Submitter
+	// LogKey is the log's public key, with which every SCT is verified before
+	// its certificate is signed. A log elsewhere needs it. Without it the SCT
+	// of SCTs is trusted as the source returns it.
 	LogKey crypto.PublicKey
 	// Now is the one clock; an error refuses every request.
 	Now func() (time.Time, error)
@@ -138,8 +156,9 @@ type Certificate struct {
 	// Serial is the serial number in hexadecimal.
 	Serial              string
 	NotBefore, NotAfter time.Time
-	// LogIndex is the leaf's index in the log.
-	LogIndex uint64
+	// LogIndex is the leaf's index in the log, or nil for a log elsewhere,
+	// which does not say.
+	LogIndex *uint64
 }
 
 // New checks that key, chain and settings go together: the key is that of the
@@ -173,8 +192,12 @@ func New(cfg Config) (*Authority, error) {
 
 func (c Config) check() error {
 	switch {
-	case c.Key == nil || c.SCTs == nil || c.Now == nil:
-		return errors.New("key, log and clock are required")
+	case c.Key == nil || c.Now == nil:
+		return errors.New("key and clock are required")
+	case (c.SCTs == nil) == (c.Submitter == nil):
+		return errors.New("one log is required, here or elsewhere")
+	case c.Submitter != nil && c.LogKey == nil:
+		return errors.New("a log elsewhere needs its public key")
 	case c.Lifetime < time.Second || c.Lifetime%time.Second != 0:
 		return fmt.Errorf("lifetime %v is not a positive number of whole seconds", c.Lifetime)
 	case c.Lifetime > profile.MaxLifetime:
@@ -241,6 +264,13 @@ func (a *Authority) Issue(ctx context.Context, req Request) (*Certificate, error
 	if err != nil {
 		return nil, err
 	}
+	if a.cfg.Submitter != nil {
+		der, err := a.submit(ctx, leaf)
+		if err != nil {
+			return nil, err
+		}
+		return a.certificate(leaf, der, nil), nil
+	}
 	precert, promise, err := a.precertify(ctx, leaf)
 	if err != nil {
 		return nil, err
@@ -249,7 +279,7 @@ func (a *Authority) Issue(ctx context.Context, req Request) (*Certificate, error
 	if err != nil {
 		return nil, err
 	}
-	return a.certificate(leaf, der, index), nil
+	return a.certificate(leaf, der, &index), nil
 }
 
 // admit takes a slot or refuses at once: waiting is the client's part.
@@ -356,7 +386,27 @@ func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte
 	return der, index, err
 }
 
-func (a *Authority) certificate(leaf *profile.Leaf, der []byte, index uint64) *Certificate {
+// submit has the precertificate signed, gets an SCT for it from a log
+// elsewhere, and has the certificate signed only when that SCT verifies.
+func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf) (der []byte, err error) {
+	precert, err := leaf.SignPrecertificate(ctx, a.cfg.Key)
+	if err != nil {
+		return nil, fmt.Errorf("sign precertificate: %w", classify(ErrCA, err))
+	}
+	sct, err := a.cfg.Submitter.Submit(ctx, precert, a.chainDER)
+	if err != nil {
+		return nil, fmt.Errorf("submit precertificate: %w", classify(ErrLog, err))
+	}
+	if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
+		return nil, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
+	}
+	if der, err = leaf.SignFinal(ctx, a.cfg.Key, sct); err != nil {
+		return nil, fmt.Errorf("sign certificate: %w", classify(ErrCA, err))
+	}
+	return der, nil
+}
+
+func (a *Authority) certificate(leaf *profile.Leaf, der []byte, index *uint64) *Certificate {
 	c := &Certificate{DER: der, Serial: leaf.Serial().Text(16), LogIndex: index}
 	c.NotBefore, c.NotAfter = leaf.Validity()
 	c.PEM = append(make([]string, 0, 1+len(a.chainPEM)), encodePEM(der))

@@ -172,8 +172,16 @@ func (s *Server) signingCert(c echo.Context) error {
 		return s.fail(c, fmt.Errorf("%w: %w", errMarshal, err))
 	}
 	s.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "certificate issued",
-		slog.String("request", requestID(c)), slog.String("serial", cert.Serial), slog.Uint64("logIndex", cert.LogIndex))
+		slog.String("request", requestID(c)), slog.String("serial", cert.Serial), logIndex(cert))
 	return s.write(c, http.StatusOK, body)
+}
+
+// logIndex is the entry's place in the log, or nothing where that is unknown.
+func logIndex(cert *ca.Certificate) slog.Attr {
+	if cert.LogIndex == nil {
+		return slog.Attr{}
+	}
+	return slog.Uint64("logIndex", *cert.LogIndex)
 }
 
 // issue is the way from a request to a certificate, in the order in which
