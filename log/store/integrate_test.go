@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -468,6 +469,47 @@ func TestGenerations(t *testing.T) {
 	verify()
 	if n := r.integrate(10); n != 0 {
 		t.Errorf("integrated %d duplicates", n)
+	}
+	damageGenerations(t, r)
+}
+
+// damageGenerations changes what is stored of a sealed generation: it is
+// refused when the tree is opened or when the lookup comes to it.
+func damageGenerations(t *testing.T, r *rig) {
+	t.Helper()
+	l := bulkLeaf(77, 8)
+	lt, err := r.s.tree(r.tree.TreeId)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bucket := fmt.Sprintf(" WHERE id=%d", bucketID(generationID(byLeafHash, 0), lt.mark.of(l.MerkleLeafHash)>>(64-bucketBits)))
+	if err := r.s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, sql := range map[string]string{
+		"generation: number":   "UPDATE generations SET id=id|1<<41",
+		"generation: first":    "UPDATE generations SET first=first|4",
+		"generation: count":    "UPDATE generations SET count=count-8",
+		"generation: filter":   "UPDATE generations SET filter=zeroblob(length(filter))",
+		"generation: checksum": "UPDATE generations SET sum=sum+1",
+		"bucket: number":       "UPDATE buckets SET id=id|1<<50" + bucket,
+		"bucket: words":        "UPDATE buckets SET data=zeroblob(length(data))" + bucket,
+		"bucket: checksum":     "UPDATE buckets SET sum=sum+1" + bucket,
+		"bucket: lost":         "DELETE FROM buckets" + bucket,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			copyFiles(t, r.s.dir, dir)
+			script(t, filepath.Join(dir, filepath.Base(r.s.treePath(r.tree.TreeId))), sql)
+			s, err := Open(dir, Options{})
+			if err == nil {
+				defer s.Close()
+				_, err = s.LeafByIdentity(t.Context(), r.tree.TreeId, l.LeafIdentityHash)
+			}
+			if !errors.Is(err, ErrCorrupt) {
+				t.Errorf("got %v, want ErrCorrupt", err)
+			}
+		})
 	}
 }
 

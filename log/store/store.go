@@ -60,6 +60,7 @@ import (
 	"github.com/gofrs/flock"
 	"github.com/google/trillian"
 	"github.com/google/trillian/storage"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -163,6 +164,10 @@ var _ storage.LogStorage = (*Store)(nil)
 // trees are created explicitly through Admin. Errors: ErrLocked, ErrSchema,
 // ErrCorrupt.
 func Open(dir string, opts Options) (*Store, error) {
+	// SQLite says of a read-only file system that a file is missing.
+	if err := unix.Access(dir, unix.W_OK); err != nil {
+		return nil, fmt.Errorf("write to data directory %s: %w", dir, err)
+	}
 	lock := flock.New(filepath.Join(dir, "LOCK"), flock.SetPermissions(0o600))
 	held, err := lock.TryLock()
 	if err != nil {
