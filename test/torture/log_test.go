@@ -8,8 +8,8 @@
 //   - powercut_test.go: the system calls of a process are recorded; the disk
 //     is put together as a power cut may leave it at any of them, with what
 //     was not synced kept, lost, torn and out of order.
-//   - refuse_test.go: bits flipped in each table, and file systems and
-//     directories that cannot be used.
+//   - refuse_test.go: bits flipped in each table, a file system that is read-only,
+//     a clock that is wrong when the log is opened.
 //
 // After each the log is opened and everything that was said must hold (see
 // examine). What needs no second process is tested beside the code: torn and
@@ -240,7 +240,13 @@ func engineConfig(dir string) tree.Config {
 
 // open opens the log in dir.
 func open(ctx context.Context, dir string, key *oracle) (*victim, error) {
+	return openAt(ctx, dir, key, 0)
+}
+
+// openAt opens the log in dir with a clock that is fast by so much.
+func openAt(ctx context.Context, dir string, key *oracle, fast time.Duration) (*victim, error) {
 	cfg := engineConfig(dir)
+	cfg.Now = func() (time.Time, error) { return time.Now().Add(fast), nil }
 	e, err := tree.Open(ctx, cfg)
 	if err != nil {
 		return nil, err
