@@ -1,0 +1,380 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/logtool"
+	"github.com/chancery-ca/chancery/log/head"
+)
+
+func newLog() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "log",
+		Short: "Look at, verify, copy and restore the logs of a service",
+		Long: "Work on the logs' files, without a token and without a PIN. status, verify,\n" +
+			"export and backup work beside the running service; restore and accept-loss\n" +
+			"need it stopped. Run them as the service's user.",
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return &usageError{fmt.Errorf("unknown command %q", args[0]), cmd.CommandPath()}
+			}
+			return cmd.Help()
+		},
+	}
+	cmd.AddCommand(newLogStatus(), newLogVerify(), newLogExport(), newLogBackup(), newLogRestore(), newLogAcceptLoss())
+	return cmd
+}
+
+// logFlags name the logs that a command works on.
+type logFlags struct {
+	config, log string
+}
+
+func (f *logFlags) add(cmd *cobra.Command) {
+	addConfigFlag(cmd, &f.config)
+	cmd.Flags().StringVar(&f.log, "log", "", "`name` of one log, as status shows it (default: all)")
+}
+
+func (f *logFlags) find() ([]logtool.Log, error) {
+	cfg, err := loadConfig(f.config)
+	if err != nil {
+		return nil, err
+	}
+	return logtool.Find(cfg, f.log)
+}
+
+// logHint says what usually mends a log command that failed.
+func logHint(err error) error {
+	switch {
+	case errors.Is(err, logtool.ErrRunning), errors.Is(err, head.ErrAnchor) && strings.Contains(fmt.Sprint(err), "lock anchor"):
+		return hint(err, "stop the service first: systemctl stop chancery")
+	case errors.Is(err, logtool.ErrNotProven):
+		return hint(err, "the log is read-only until its newest database is back, or: chancery log accept-loss; see log/README.md")
+	case errors.Is(err, os.ErrPermission):
+		return hint(err, "run it as the service's user")
+	case errors.Is(err, os.ErrExist):
+		return hint(err, "nothing is overwritten; name a new folder")
+	case errors.Is(err, os.ErrNotExist):
+		return hint(err, "a new service needs its logs made once: chancery init --config FILE")
+	}
+	return err
+}
+
+func newLogStatus() *cobra.Command {
+	var f logFlags
+	var output string
+	cmd := &cobra.Command{
+		Use:   "status --config FILE",
+		Short: "Show the size, the head and the state of each log",
+		Long: "Show each log's tree and anchored head, and whether the one continues the\n" +
+			"other. The exit status is 1 if a log is read-only or its anchor another's.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "text" && output != "json" {
+				return &usageError{fmt.Errorf("--output %q: want text or json", output), cmd.CommandPath()}
+			}
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			list := []logtool.Status{}
+			for _, l := range logs {
+				s, err := l.Check(cmd.Context())
+				if err != nil {
+					return logHint(err)
+				}
+				list = append(list, *s)
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				err = enc.Encode(list)
+			} else {
+				err = printStatus(cmd.OutOrStdout(), list)
+			}
+			return errors.Join(err, logHint(notSound(list)))
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().StringVar(&output, "output", "text", "`form` of the output: text or json")
+	return cmd
+}
+
+// notSound is the error of a list with a log that would not sign.
+func notSound(list []logtool.Status) error {
+	var errs []error
+	for _, s := range list {
+		if s.State == logtool.Latched || s.State == logtool.Foreign {
+			errs = append(errs, fmt.Errorf("log %s: %s: %w", s.Name, s.Reason, logtool.ErrNotProven))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func printStatus(w io.Writer, list []logtool.Status) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 4, ' ', 0)
+	row := func(name string, value any) { _, _ = fmt.Fprintf(tw, "%s\t%v\n", name, value) }
+	for i, s := range list {
+		if i > 0 {
+			if err := errors.Join(tw.Flush(), line(w)); err != nil {
+				return err
+			}
+		}
+		row("log", s.Name)
+		row("origin", s.Origin)
+		row("state", s.State)
+		if s.Reason != "" {
+			row("reason", s.Reason)
+		}
+		row("tree", point(s.Tree))
+		if s.Head != nil {
+			row("head", point(*s.Head))
+		} else {
+			row("head", "none")
+		}
+		row("pending", fmt.Sprintf("%d leaves without a head", s.Pending))
+		row("anchor", fmt.Sprintf("sequence %d", s.AnchorSequence))
+	}
+	return tw.Flush()
+}
+
+func line(w io.Writer) error {
+	_, err := fmt.Fprintln(w)
+	return err
+}
+
+func point(p logtool.Point) string {
+	return fmt.Sprintf("%d leaves, root %s, %s", p.Size, p.Root, p.Time.UTC().Format("2006-01-02T15:04:05.000Z"))
+}
+
+func newLogVerify() *cobra.Command {
+	var f logFlags
+	var from uint64
+	cmd := &cobra.Command{
+		Use:   "verify --config FILE",
+		Short: "Check every leaf, tile, root, anchor and signature",
+		Long: "Compute every leaf hash from the leaf's octets, every tile from the tiles below\n" +
+			"it and the root; compare them with what is stored, and the root with the anchored\n" +
+			"head, whose key, signature and origin are checked. Every row's sum is checked too.\n\n" +
+			"--from SIZE goes on where an earlier verify ended: of the leaves before it only\n" +
+			"the hashes are used.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			if from > 0 && len(logs) > 1 {
+				return &usageError{errors.New("--from is of one log: name it with --log"), cmd.CommandPath()}
+			}
+			p := newProgress(cmd.ErrOrStderr())
+			defer p.close()
+			var errs []error
+			for _, l := range logs {
+				r, err := l.Verify(cmd.Context(), from, p)
+				if errs = append(errs, err); err != nil {
+					continue
+				}
+				p.printf(cmd.OutOrStdout(), "verified  %s: %s; %d leaves from their octets, every tile, the anchored head of %d\n",
+					l.Name, point(r.Tree), r.Leaves, headSize(r.Status))
+			}
+			return logHint(errors.Join(errs...))
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().Uint64Var(&from, "from", 0, "`size` that was verified before")
+	return cmd
+}
+
+func headSize(s *logtool.Status) uint64 {
+	if s.Head == nil {
+		return 0
+	}
+	return s.Head.Size
+}
+
+func newLogExport() *cobra.Command {
+	var f logFlags
+	cmd := &cobra.Command{
+		Use:   "export --config FILE DIR",
+		Short: "Write the logs as static files that any web server can serve",
+		Long: "Write the tiles, entry bundles and checkpoint of each log, as of its anchored\n" +
+			"head, into a new folder, under the very paths of the service's URL (C2SP). All of\n" +
+			"it is proven on the way.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			p := newProgress(cmd.ErrOrStderr())
+			defer p.close()
+			list, err := logtool.Export(cmd.Context(), logs, args[0], p)
+			if err != nil {
+				return logHint(err)
+			}
+			for i, s := range list {
+				p.printf(cmd.OutOrStdout(), "exported  %s: %s\n          %s/%s\n", s.Name, point(*s.Head), args[0], logs[i].Path)
+			}
+			return nil
+		},
+	}
+	f.add(cmd)
+	return cmd
+}
+
+func newLogBackup() *cobra.Command {
+	var f logFlags
+	cmd := &cobra.Command{
+		Use:   "backup --config FILE DIR",
+		Short: "Copy the logs into a new folder while the service runs",
+		Long: "Copy the logs' databases, each as of one root, into a new folder, and prove that\n" +
+			"each copy holds the head that was anchored when the command began. The anchors\n" +
+			"are not copied: an old one would let a log sign a second history.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			m, err := logtool.Backup(cmd.Context(), logs, args[0], time.Now())
+			if err != nil {
+				return logHint(err)
+			}
+			for _, s := range m.Logs {
+				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s\n", s.Name, point(s.Tree)); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	addConfigFlag(cmd, &f.config) // all logs: they share a data directory
+	return cmd
+}
+
+func newLogRestore() *cobra.Command {
+	var f logFlags
+	cmd := &cobra.Command{
+		Use:   "restore --config FILE DIR",
+		Short: "Put a backup into an empty state folder",
+		Long: "Prove a backup whole and put it into the place of the logs' databases, which must\n" +
+			"not be there. The anchors stay as they are. A log that is behind its anchor, or\n" +
+			"has none, is read-only when the service starts; status says why.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			p := newProgress(cmd.ErrOrStderr())
+			defer p.close()
+			list, err := logtool.Restore(cmd.Context(), logs, args[0], p)
+			if err != nil {
+				if errors.Is(err, os.ErrExist) {
+					return hint(err, "restore only goes where no logs are: move the old folder away, and keep it")
+				}
+				return logHint(err)
+			}
+			p.close()
+			if err := printStatus(cmd.OutOrStdout(), list); err != nil {
+				return err
+			}
+			if err := notSound(list); err != nil {
+				_, err = fmt.Fprintln(cmd.ErrOrStderr(), "restored, but not every log will sign: see log/README.md, After a restore")
+				return err
+			}
+			return nil
+		},
+	}
+	addConfigFlag(cmd, &f.config)
+	return cmd
+}
+
+func newLogAcceptLoss() *cobra.Command {
+	var f logFlags
+	var size uint64
+	var root string
+	cmd := &cobra.Command{
+		Use:   "accept-loss --config FILE --log NAME",
+		Short: "Let a read-only log go on from the tree that is there",
+		Long: "Show what a read-only log has lost and, when the size and the root of the tree\n" +
+			"that is there are typed exactly, let the log go on from it: the anchor is replaced\n" +
+			"by a record that names the one before it, and an incident file is written beside\n" +
+			"it. Everybody who saw a lost head can then prove that the log contradicts itself.\n" +
+			"To freeze the log and begin a new shard is the honest way wherever it is possible.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.log == "" {
+				return &usageError{errors.New("--log is needed"), cmd.CommandPath()}
+			}
+			logs, err := f.find()
+			if err != nil {
+				return err
+			}
+			return acceptLoss(cmd, logs[0], size, root)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().Uint64Var(&size, "size", 0, "`leaves` of the tree that is there, as shown")
+	cmd.Flags().StringVar(&root, "root", "", "`root` of that tree in hexadecimal, as shown")
+	return cmd
+}
+
+func acceptLoss(cmd *cobra.Command, l logtool.Log, size uint64, root string) error {
+	p := newProgress(cmd.ErrOrStderr())
+	defer p.close()
+	s, err := l.Lost(cmd.Context(), p)
+	p.close()
+	if err != nil {
+		if errors.Is(err, logtool.ErrNothingLost) {
+			return err
+		}
+		return logHint(err)
+	}
+	if err := printStatus(cmd.OutOrStdout(), []logtool.Status{*s}); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(cmd.OutOrStdout(), "\n%s\n", whatIsLost(s)); err != nil {
+		return err
+	}
+	if !cmd.Flags().Changed("size") || !cmd.Flags().Changed("root") {
+		return &usageError{fmt.Errorf("to accept this, type --size %d --root %s", s.Tree.Size, s.Tree.Root), cmd.CommandPath()}
+	}
+	if size != s.Tree.Size || root != s.Tree.Root.String() {
+		return fmt.Errorf("--size and --root are not those of the tree that is there: %d, %s; nothing was changed", s.Tree.Size, s.Tree.Root)
+	}
+	file, err := l.AcceptLoss(cmd.Context(), s, time.Now())
+	if err != nil {
+		return logHint(err)
+	}
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "accepted  log %s goes on from %d leaves at the next start\nincident  %s\n", l.Name, s.Tree.Size, file)
+	return err
+}
+
+// whatIsLost says in words what an acceptance gives up.
+func whatIsLost(s *logtool.Status) string {
+	switch {
+	case s.Head == nil:
+		return fmt.Sprintf("Which heads were published is not known: the anchor is gone. Whatever was logged\n"+
+			"after the %d leaves that are there is lost, and whoever holds a later head, an SCT\n"+
+			"or an entry's proof can show that this log contradicts itself.", s.Tree.Size)
+	case s.Tree.Size < s.Head.Size:
+		return fmt.Sprintf("%d leaves, %d to %d, are lost. The published heads of more than %d leaves, up to\n"+
+			"that of %d at %s, will contradict all that this log signs from now on.",
+			s.Head.Size-s.Tree.Size, s.Tree.Size, s.Head.Size-1, s.Tree.Size, s.Head.Size, s.Head.Time.Format(time.RFC3339))
+	}
+	return fmt.Sprintf("The tree that is there is another one: its first %d leaves are not those that were\n"+
+		"published at %s. Which leaves are lost is not known. This is not how a disk fails:\n"+
+		"find out who put this database here before you go on.", s.Head.Size, s.Head.Time.Format(time.RFC3339))
+}
