@@ -94,16 +94,19 @@ func hold(t *testing.T, marks []mark) {
 	t.Helper()
 	var at1M time.Duration
 	for _, m := range marks {
-		switch {
-		case m.rss >= maxRSS:
+		if m.rss >= maxRSS {
 			t.Errorf("%d leaves: %d MiB of memory, want less than %d", m.leaves, m.rss>>20, maxRSS>>20)
-		case m.start >= maxStart:
+		}
+		if m.start >= maxStart {
 			t.Errorf("%d leaves: opened in %v, want less than %v", m.leaves, m.start, maxStart)
-		case m.p99 >= maxProof:
+		}
+		if m.p99 >= maxProof {
 			t.Errorf("%d leaves: 99th percentile of a proof %v, want less than %v", m.leaves, m.p99, maxProof)
-		case m.leaves >= tailMark && m.overhead > maxOverhead:
+		}
+		if m.leaves >= tailMark && m.overhead > maxOverhead {
 			t.Errorf("%d leaves: %.0f octets on disk beyond a leaf's own, want at most %d", m.leaves, m.overhead, maxOverhead)
-		case at1M > 0 && float64(m.cpu) > maxGrowth*float64(at1M):
+		}
+		if at1M > 0 && float64(m.cpu) > maxGrowth*float64(at1M) {
 			t.Errorf("%d leaves: %v CPU for a leaf, at 1 M it was %v: more than %.1f times", m.leaves, m.cpu, at1M, maxGrowth)
 		}
 		if m.leaves == tailMark {
@@ -260,7 +263,7 @@ func (g *grower) verify(index, size uint64, path []tree.Hash) {
 }
 
 // cpuTime is the processor time of this process so far.
-func cpuTime(t *testing.T) time.Duration {
+func cpuTime(t testing.TB) time.Duration {
 	t.Helper()
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
@@ -270,7 +273,7 @@ func cpuTime(t *testing.T) time.Duration {
 }
 
 // writtenBytes is what this process caused to be sent to storage so far.
-func writtenBytes(t *testing.T) int64 {
+func writtenBytes(t testing.TB) int64 {
 	t.Helper()
 	return procValue(t, "/proc/self/io", "write_bytes:")
 }
@@ -282,7 +285,7 @@ func peakRSS(t *testing.T) int64 {
 }
 
 // procValue reads a number from a file of "name value" lines.
-func procValue(t *testing.T, path, name string) int64 {
+func procValue(t testing.TB, path, name string) int64 {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	if err != nil {

@@ -93,6 +93,46 @@ func (l *lane) cutPower(strace string) (pending int) {
 	return pending
 }
 
+// TestSyncsOfHeads counts what a child costs the disk: for each head that is
+// signed one sync of the write-ahead log (of its batch) and one of the anchor.
+// Checkpoints are counted apart; they are not on the way of an answer.
+func TestSyncsOfHeads(t *testing.T) {
+	strace := needStrace(t)
+	l := newLane(t)
+	if status, complaint := l.run(10); status != 0 || complaint != "" {
+		t.Fatalf("child: %v: %s", status, complaint)
+	}
+	trace, signed, answers := filepath.Join(l.dir, "trace"), len(l.said.signed), len(l.said.answers)
+	if status, complaint := l.run(workOfChild, strace, "-f", "-qq", "-y", "-xx", "-s", "0", "-o", trace, "-e", "signal=none", "-e", "trace="+syncs); status != 0 || complaint != "" {
+		t.Fatalf("child: %v: %s", status, complaint)
+	}
+	commits, anchors, checkpoints := 0, 0, 0
+	for _, e := range readTrace(t, trace) {
+		switch {
+		case e.returned:
+		case strings.HasSuffix(e.path, "-wal"):
+			commits++
+		case strings.HasSuffix(e.path, "anchor"):
+			anchors++
+		default:
+			checkpoints++
+		}
+	}
+	heads, leaves := len(l.said.signed)-signed, len(l.said.answers)-answers
+	t.Logf("%d leaves: %d signatures, %d syncs of the write-ahead log, %d of the anchor; %d in checkpoints", leaves, heads, commits, anchors, checkpoints)
+	if anchors != heads {
+		t.Errorf("%d syncs of the anchor for %d heads", anchors, heads)
+	}
+	// The log is synced once more when it is begun and when it is closed, and
+	// a batch may commit while a head is signed.
+	if commits < heads || commits > 2*heads+4 {
+		t.Errorf("%d syncs of the write-ahead log for %d heads", commits, heads)
+	}
+	if heads > leaves/2 {
+		t.Errorf("%d heads for %d leaves of %d clients", heads, leaves, clients)
+	}
+}
+
 // become puts the lane where a power cut left it.
 func (l *lane) become(state files, s said) {
 	l.t.Helper()
