@@ -12,13 +12,15 @@ LINT_V      := v2.15.0
 LINT        := $(BIN)/golangci-lint-$(LINT_V)
 BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
+GROWTH      ?= 10000000
+POINTS      ?= 2000
 
 # Debian packages, each with a command or file that shows it is there.
 PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps demo test test-clients lint bench fuzz clean
+.PHONY: help build deps demo test test-clients lint bench bench-growth torture fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,12 +66,19 @@ lint: deps $(LINT) ## vet and lint
 	$(GO) vet ./...
 	$(LINT) run ./...
 
-bench: deps ## measure the whole path; prints ratios within one run
-	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 30m ./test
+bench: deps ## measure the whole path and its parts; prints ratios within one run
+	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./test ./log/... ./test/growth
+
+bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf costs
+	CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth
+
+torture: deps ## kill the log, fail its calls and cut its power, at POINTS points
+	CHANCERY_TORTURE_POINTS=$(POINTS) $(GO) test -count=1 -timeout 4h -v ./test/torture
+	CHANCERY_TORTURE_ROUNDS=$$(($(POINTS) / 20)) $(GO) test -count=1 -timeout 1h -run 'Kill|SyscallFaults' -v ./log/store
 
 fuzz: deps ## run every fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
-	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1; done; done
 
 clean: ## remove what was built
 	rm -rf $(BIN)
