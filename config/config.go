@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,7 +58,7 @@ type Config struct {
 	CA CA `yaml:"ca"`
 	// CT is the current shard of the Certificate Transparency log, Rekor that
 	// of the signature log.
-	CT    Log   `yaml:"ct"`
+	CT    CT    `yaml:"ct"`
 	Rekor Rekor `yaml:"rekor"`
 	// TSA is the timestamp authority.
 	TSA TSA `yaml:"tsa"`
@@ -103,6 +104,26 @@ type Log struct {
 	// Default: for CT HOST[:PORT]/ct/SHARD, for Rekor HOST.
 	Origin string `yaml:"origin"`
 }
+
+// CT is the Certificate Transparency log: a shard of this service, or a log
+// elsewhere that is known by its URL and key.
+type CT struct {
+	Log `yaml:",inline"`
+	// Roots are PEM files of certificates to which a submitted chain may lead
+	// beside this service's own root: those of CAs elsewhere that use this log.
+	Roots []string `yaml:"roots"`
+	// URL is the base URL of a log elsewhere, https; Key the PEM file of its
+	// public key. With them this service has no CT log of its own, and none of
+	// the fields above.
+	URL string `yaml:"url"`
+	Key string `yaml:"key"`
+	// TLSRoots is a PEM file of the authorities of that log's TLS certificate;
+	// default: the system's.
+	TLSRoots string `yaml:"tls-roots"`
+}
+
+// Elsewhere says whether the log is not of this service.
+func (c *CT) Elsewhere() bool { return c.URL != "" || c.Key != "" || c.TLSRoots != "" }
 
 // Rekor names a shard of the signature log and says who may write to it.
 type Rekor struct {
@@ -175,7 +196,11 @@ func Parse(data []byte, dir string) (*Config, error) {
 
 // resolve makes relative paths absolute.
 func (c *Config) resolve(dir string) {
-	for _, path := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust} {
+	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust, &c.CT.Key, &c.CT.TLSRoots}
+	for i := range c.CT.Roots {
+		paths = append(paths, &c.CT.Roots[i])
+	}
+	for _, path := range paths {
 		if *path != "" && !filepath.IsAbs(*path) {
 			*path = filepath.Join(dir, *path)
 		}
@@ -211,7 +236,7 @@ func (c *Config) finish() error {
 	if err := c.CA.finish(); err != nil {
 		return err
 	}
-	if err := c.CT.finish("ct", host+"/ct/"+c.CT.Shard); err != nil {
+	if err := c.CT.finish(host); err != nil {
 		return err
 	}
 	if err := c.Rekor.finish((&url.URL{Host: host}).Hostname()); err != nil {
@@ -288,6 +313,25 @@ func (r *Rekor) finish(origin string) error {
 		return fmt.Errorf("rekor.writers: %.80q, want %s or %s", r.Writers, Certified, Anyone)
 	case !(r.Rate >= 0 && r.Rate <= 1e6) || r.Burst < 1 || r.Burst > 1e6:
 		return errors.New("rekor: rate 0 to 1000000, burst 1 to 1000000")
+	}
+	return nil
+}
+
+func (c *CT) finish(host string) error {
+	if !c.Elsewhere() {
+		if slices.Contains(c.Roots, "") {
+			return errors.New("ct.roots: an empty name")
+		}
+		return c.Log.finish("ct", host+"/ct/"+c.Shard)
+	}
+	u, err := url.Parse(c.URL)
+	switch {
+	case c.Shard != "" || c.Origin != "" || len(c.Roots) > 0:
+		return errors.New("ct: url, key and tls-roots name a log elsewhere; shard, origin and roots are of a log here")
+	case err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.User != nil:
+		return fmt.Errorf("ct.url: %.200q, want https://HOST[:PORT][/PATH]", c.URL)
+	case c.Key == "":
+		return errors.New("ct.key: missing: the public key of the log at ct.url")
 	}
 	return nil
 }

@@ -55,6 +55,23 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+func TestCTElsewhere(t *testing.T) {
+	c, err := Parse([]byte(strings.Replace(minimal, "{shard: ct1}", "{url: 'https://ct.example/2026', key: ct.pub, tls-roots: /tls.pem}", 1)), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.CT.Elsewhere() || c.CT.URL != "https://ct.example/2026" || c.CT.Key != "/etc/chancery/ct.pub" || c.CT.TLSRoots != "/tls.pem" || c.CT.Origin != "" {
+		t.Errorf("a log elsewhere was read as %+v", c.CT)
+	}
+	c, err = Parse([]byte(strings.Replace(minimal, "{shard: ct1}", "{shard: ct1, roots: [a.pem, /b.pem]}", 1)), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.CT.Elsewhere() || len(c.CT.Roots) != 2 || c.CT.Roots[0] != "/etc/chancery/a.pem" || c.CT.Roots[1] != "/b.pem" {
+		t.Errorf("roots were read as %+v", c.CT)
+	}
+}
+
 func TestIPv6Origin(t *testing.T) {
 	c, err := Parse([]byte(strings.Replace(minimal, "sig.example:8443", "'[::1]:8443'", 1)), "/")
 	if err == nil {
@@ -105,6 +122,14 @@ func TestRefused(t *testing.T) {
 		{"issuer under another name", edit(`issuer-url: "https://idp.example"`, `issuer-url: "https://idp.example/"`), "issuer"},
 		{"private network", edit("ca: {", "ca: {private-networks: [ten], "), ""},
 		{"shard with a slash", edit("ct1", "../ct1"), "ct.shard"},
+		{"CT log here and elsewhere", edit("{shard: ct1}", "{shard: ct1, url: 'https://ct.example', key: ct.pub}"), "elsewhere"},
+		{"CT log elsewhere with roots", edit("{shard: ct1}", "{url: 'https://ct.example', key: ct.pub, roots: [root.pem]}"), "elsewhere"},
+		{"CT log elsewhere without a key", edit("{shard: ct1}", "{url: 'https://ct.example'}"), "ct.key"},
+		{"CT key without a URL", edit("{shard: ct1}", "{key: ct.pub}"), "ct.url"},
+		{"CT log elsewhere on http", edit("{shard: ct1}", "{url: 'http://ct.example', key: ct.pub}"), "ct.url"},
+		{"CT log elsewhere with a query", edit("{shard: ct1}", "{url: 'https://ct.example/?a=b', key: ct.pub}"), "ct.url"},
+		{"no CT log", edit("{shard: ct1}", "{}"), "ct.shard"},
+		{"a CT root without a name", edit("{shard: ct1}", "{shard: ct1, roots: ['']}"), "ct.roots"},
 		{"no shard", edit("{shard: log1}", "{}"), "rekor.shard"},
 		{"unknown writers", edit("{shard: log1}", "{shard: log1, writers: friends}"), "rekor.writers"},
 		{"negative rate", edit("{shard: log1}", "{shard: log1, rate: -1}"), "rate"},

@@ -96,7 +96,7 @@ func newInit() *cobra.Command {
 			if err := service.Create(cmd.Context(), cfg, service.Options{Logger: logger}); err != nil {
 				return hint(err, "logs that exist are kept; if an init was interrupted and the service never ran, remove %s", cfg.State)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "created   logs %s and %s in %s\n", cfg.CT.Shard, cfg.Rekor.Shard, cfg.State)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "created   logs %s in %s\n", strings.Join(service.Logs(cfg), " and "), cfg.State)
 			return err
 		},
 	}

@@ -37,6 +37,9 @@ func (s *Service) openKeys(ctx context.Context) error {
 		}
 	}
 	for _, role := range onlineRoles {
+		if role == hsm.RoleCT && s.cfg.CT.Elsewhere() {
+			continue
+		}
 		key := ring.Keys[role]
 		token, err := s.openToken(ctx, key.Token, ring.Tokens[key.Token])
 		if err != nil {

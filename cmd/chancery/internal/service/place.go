@@ -22,9 +22,13 @@ type LogPlace struct {
 
 // LogPlaces returns the logs that the configuration names.
 func LogPlaces(cfg *config.Config) []LogPlace {
-	ct, rekor := treeName("ct", cfg.CT), treeName("rekor", cfg.Rekor.Log)
-	return []LogPlace{
+	ct, rekor := treeName("ct", cfg.CT.Log), treeName("rekor", cfg.Rekor.Log)
+	places := []LogPlace{
 		{ct, hsm.RoleCT, cfg.CT.Origin, logDir(cfg), anchorPath(cfg, ct), "ct/" + cfg.CT.Shard},
 		{rekor, hsm.RoleRekor, cfg.Rekor.Origin, logDir(cfg), anchorPath(cfg, rekor), "log/" + cfg.Rekor.Shard + "/api/v2"},
 	}
+	if cfg.CT.Elsewhere() {
+		return places[1:]
+	}
+	return places
 }

@@ -26,6 +26,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -33,6 +34,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/ctlog"
 	"github.com/chancery-ca/chancery/ca/identity"
 	caserver "github.com/chancery-ca/chancery/ca/server"
 	"github.com/chancery-ca/chancery/ca/tsa"
@@ -81,6 +83,8 @@ type Service struct {
 	engine   *tree.Engine
 	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
+	// elsewhere is the CT log if it is not one of logs, else nil.
+	elsewhere *ctlog.Log
 
 	state readiness
 }
@@ -90,6 +94,15 @@ type openLog struct {
 	name  string
 	tree  tree.Tree
 	heads *head.Publisher
+}
+
+// treeNames lists the logs of this service: a CT log elsewhere is not ours.
+func treeNames(cfg *config.Config) []string {
+	rekor := treeName("rekor", cfg.Rekor.Log)
+	if cfg.CT.Elsewhere() {
+		return []string{rekor}
+	}
+	return []string{treeName("ct", cfg.CT.Log), rekor}
 }
 
 // treeName and anchorPath are the one place that says where a log lives.
@@ -114,7 +127,7 @@ func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 		return fmt.Errorf("open logs: %w", err)
 	}
 	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
-	for _, name := range []string{treeName("ct", cfg.CT), treeName("rekor", cfg.Rekor.Log)} {
+	for _, name := range treeNames(cfg) {
 		if err := head.CreateAnchor(anchorPath(cfg, name)); err != nil {
 			return fmt.Errorf("create anchor of log %s: %w", name, err)
 		}
@@ -152,7 +165,11 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return err
 	}
-	authority, err := s.openCA(ctx, chain, ctLog, opts)
+	source, err := s.certificateLog(ctLog)
+	if err != nil {
+		return err
+	}
+	authority, err := s.openCA(ctx, chain, source, opts)
 	if err != nil {
 		return err
 	}
@@ -163,44 +180,33 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	s.echo = s.newEcho()
 	authority.Register(s.echo)
 	timestamps.Register(s.echo.Group(""))
-	ctLog.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
+	if ctLog != nil {
+		ctLog.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
+	}
 	rekorLog.Register(s.echo.Group(""))
 	rekorLog.RegisterReads(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
 	s.registerHealth()
 	return nil
 }
 
-// openLogs opens both trees and starts their publishers.
-func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (*ct.Log, *rekor.Log, error) {
-	var err error
+// openLogs opens the trees and starts their publishers. The CT log is nil when
+// it is elsewhere.
+func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (ctLog *ct.Log, rekorLog *rekor.Log, err error) {
 	s.engine, err = tree.Open(ctx, tree.Config{Dir: logDir(s.cfg), Now: s.clock.Now, Logger: s.log})
 	if err != nil {
 		return nil, nil, fmt.Errorf("open logs: %w", err)
 	}
-	ctKey, rekorKey := s.keys[hsm.RoleCT], s.keys[hsm.RoleRekor]
-
-	ctFormat, err := ct.NewFormat(s.cfg.CT.Origin, ctKey.Public())
-	if err != nil {
-		return nil, nil, fmt.Errorf("open CT log: %w", err)
+	if !s.cfg.CT.Elsewhere() {
+		if ctLog, err = s.openCT(ctx, chain); err != nil {
+			return nil, nil, fmt.Errorf("open CT log: %w", err)
+		}
 	}
-	opened, err := s.openLog(ctx, treeName("ct", s.cfg.CT), ctKey, ctFormat, headInterval, mergeDelay/2)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open CT log: %w", err)
-	}
-	ctLog, err := ct.New(ct.Config{
-		Tree: opened.tree, Heads: opened.heads, Key: ctKey,
-		Roots: chain[len(chain)-1:], Issuers: chain[:len(chain)-1],
-		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
-	})
-	if err != nil {
-		return nil, nil, fmt.Errorf("open CT log: %w", err)
-	}
-
+	rekorKey := s.keys[hsm.RoleRekor]
 	rekorFormat, err := rekor.NewFormat(s.cfg.Rekor.Origin, rekorKey.Public())
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
-	opened, err = s.openLog(ctx, treeName("rekor", s.cfg.Rekor.Log), rekorKey, rekorFormat, 0, 0)
+	opened, err := s.openLog(ctx, treeName("rekor", s.cfg.Rekor.Log), rekorKey, rekorFormat, 0, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
@@ -212,11 +218,37 @@ func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (*ct.
 	if s.cfg.Rekor.Writers == config.Certified {
 		cfg.Roots, cfg.Intermediates = chain[len(chain)-1:], chain[:len(chain)-1]
 	}
-	rekorLog, err := rekor.New(cfg)
+	rekorLog, err = rekor.New(cfg)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
 	return ctLog, rekorLog, nil
+}
+
+// openCT opens our CT log. It accepts our CA's root and those configured.
+func (s *Service) openCT(ctx context.Context, chain []*x509.Certificate) (*ct.Log, error) {
+	key := s.keys[hsm.RoleCT]
+	format, err := ct.NewFormat(s.cfg.CT.Origin, key.Public())
+	if err != nil {
+		return nil, err
+	}
+	opened, err := s.openLog(ctx, treeName("ct", s.cfg.CT.Log), key, format, headInterval, mergeDelay/2)
+	if err != nil {
+		return nil, err
+	}
+	roots := slices.Clone(chain[len(chain)-1:])
+	for _, path := range s.cfg.CT.Roots {
+		more, err := readChain(path)
+		if err != nil {
+			return nil, err
+		}
+		roots = append(roots, more...)
+	}
+	return ct.New(ct.Config{
+		Tree: opened.tree, Heads: opened.heads, Key: key,
+		Roots: roots, Issuers: chain[:len(chain)-1],
+		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
+	})
 }
 
 // openLog opens one tree, starts its publisher, and tells the clock of the
@@ -240,9 +272,9 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 }
 
 // openCA opens the certificate authority and joins it to the CT log.
-func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log *ct.Log, opts Options) (*caserver.Server, error) {
+func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log certificateLog, opts Options) (*caserver.Server, error) {
 	authority, err := ca.New(ca.Config{
-		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: sctSource{log}, LogKey: s.keys[hsm.RoleCT].Public(),
+		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: log.here, Submitter: log.elsewhere, LogKey: log.key,
 		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
 	})
 	if err != nil {
@@ -357,6 +389,9 @@ func (s *Service) Close(ctx context.Context) error {
 	}
 	if s.identity != nil {
 		s.identity.Close()
+	}
+	if s.elsewhere != nil {
+		s.elsewhere.Close()
 	}
 	for _, token := range s.tokens {
 		errs = append(errs, token.Close())
