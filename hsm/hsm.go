@@ -50,6 +50,9 @@ var (
 	// ErrBusy: the bounded queue before the token is full, or the caller's
 	// context ended while waiting in it. Nothing was signed.
 	ErrBusy = errors.New("token busy")
+	// ErrWedged: a call into the token's library does not return. It is an
+	// ErrLost for which only a restart of the process helps.
+	ErrWedged = errors.New("token wedged")
 	// ErrPolicy: the key's attributes or the requested operation break the
 	// policy of the key's role.
 	ErrPolicy = errors.New("key policy violated")
@@ -139,6 +142,10 @@ type Token interface {
 	Random(ctx context.Context, n int) ([]byte, error)
 	// Keys counts the private keys on the token, to check that it is empty.
 	Keys(ctx context.Context) (int, error)
+	// Err says without touching the device why calls fail now: nil (they do
+	// not), ErrBusy (the token is being reopened), ErrWedged (the process
+	// should be restarted), ErrPIN (it should not), or ErrLost (closed).
+	Err() error
 	// Close logs out and releases the device. Keys of it fail with ErrLost.
 	// Closing twice is harmless.
 	Close() error

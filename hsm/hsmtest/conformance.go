@@ -469,11 +469,15 @@ func closes(t *testing.T, d Device) {
 		t.Fatal(err)
 	}
 	key := NewKey(t, token, "key", hsm.ECDSAP256)
+	if err := token.Err(); err != nil {
+		t.Errorf("health of an open token: %v", err)
+	}
 	for range 2 {
 		if err := token.Close(); err != nil {
 			t.Errorf("Close: %v", err)
 		}
 	}
+	d.wants(t, "health after Close", token.Err(), hsm.ErrLost)
 	_, err = key.Sign(nil, make([]byte, 32), crypto.SHA256)
 	d.wants(t, "sign after Close", err, hsm.ErrLost)
 	_, err = token.Open(t.Context(), key.Ref())

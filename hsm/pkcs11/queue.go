@@ -15,7 +15,7 @@ import (
 var errClosed = fmt.Errorf("token closed: %w", hsm.ErrLost)
 
 // errWedged is what a token answers after a C call outlived the deadline.
-var errWedged = fmt.Errorf("token wedged: a call outlived its deadline: %w", hsm.ErrLost)
+var errWedged = fmt.Errorf("%w: a call outlived its deadline: %w", hsm.ErrWedged, hsm.ErrLost)
 
 // The states of a call. Whoever moves it out of queued owns it: the worker
 // that runs it, or the caller that gives up.

@@ -49,6 +49,17 @@ func (r *recovery) why() error {
 	return errRecovering
 }
 
+// err is why, or nil while no recovery runs and none has failed for good.
+func (r *recovery) err() error {
+	r.mu.Lock()
+	up := r.done == nil && r.fatal == nil
+	r.mu.Unlock()
+	if up {
+		return nil
+	}
+	return r.why()
+}
+
 // dead returns why the module is dead, nil if it is not.
 func (r *recovery) dead() error {
 	r.mu.Lock()

@@ -179,6 +179,18 @@ func (t *Token) Info() hsm.TokenInfo {
 	return t.info
 }
 
+// Err implements hsm.Token. While the connection is being replaced it is
+// ErrBusy.
+func (t *Token) Err() error {
+	switch {
+	case t.queue.stopped.Load():
+		return errClosed
+	case t.queue.isWedged():
+		return errWedged
+	}
+	return t.module.recovery.err()
+}
+
 // Close logs out and releases the token. It waits for running calls no longer
 // than the deadline. While a call hangs it returns ErrLost and releases
 // nothing; it may be called again, and the end of the process does the rest.

@@ -351,6 +351,7 @@ func TestAbsentToken(t *testing.T) {
 	for range 100 {
 		wants(t, f.token, "a later caller", f.sign(t.Context()), hsm.ErrBusy)
 	}
+	wants(t, f.token, "health while it is away", f.open.Err(), hsm.ErrBusy)
 	if got := f.shim.Logins(); got != logins {
 		t.Errorf("%d logins while the token is away, want none", got-logins)
 	}
@@ -358,6 +359,9 @@ func TestAbsentToken(t *testing.T) {
 	eventually(t, "signing again", func() bool { return f.sign(t.Context()) == nil })
 	if got := f.shim.Logins(); got != logins+1 {
 		t.Errorf("%d logins after the return, want 1", got-logins)
+	}
+	if err := f.open.Err(); err != nil {
+		t.Errorf("health after the return: %v", err)
 	}
 }
 
@@ -375,6 +379,7 @@ func TestPINRefusedWhileReopening(t *testing.T) {
 	for range 10 {
 		wants(t, f.token, "sign", f.sign(t.Context()), hsm.ErrPIN)
 	}
+	wants(t, f.token, "health", f.open.Err(), hsm.ErrPIN)
 	if got := f.shim.Logins(); got != logins+1 {
 		t.Errorf("%d logins, want 1", got-logins)
 	}
@@ -534,6 +539,7 @@ func TestWedged(t *testing.T) {
 		wants(t, f.token, "waiting", <-results, hsm.ErrLost)
 	}
 	wants(t, f.token, "later", f.sign(context.Background()), hsm.ErrLost)
+	wants(t, f.token, "health", f.open.Err(), hsm.ErrWedged)
 	wants(t, f.token, "close", f.open.Close(), hsm.ErrLost)
 	if got := f.shim.Peak(); got != 2 {
 		t.Errorf("%d calls at once, want 2", got)
@@ -593,6 +599,7 @@ func TestHungRecovery(t *testing.T) {
 		}
 		return errors.Is(err, hsm.ErrLost)
 	})
+	wants(t, f.token, "health", f.open.Err(), hsm.ErrWedged)
 	f.shim.Hang(0)
 	eventually(t, "signing again", func() bool { return f.sign(t.Context()) == nil })
 }
