@@ -7,8 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -53,13 +55,31 @@ func serve(ctx context.Context, cfg *config.Config, logger *slog.Logger) (err er
 	}
 	notify(logger, daemon.SdNotifyReady)
 	logger.Info("serving", "url", cfg.URL, "listen", l.Addr().String(), "version", version())
-	if interval, err := daemon.SdWatchdogEnabled(false); err == nil && interval > 0 {
-		go s.Watch(ctx, interval/3, func() { notify(logger, daemon.SdNotifyWatchdog) })
-	}
-	err = s.Serve(ctx, l)
+	err = serveWatched(ctx, s, l, logger)
 	notify(logger, daemon.SdNotifyStopping)
 	logger.Info("stopping", "err", err)
 	return err
+}
+
+// watchInterval is how often the tokens are looked at without a watchdog.
+const watchInterval = 5 * time.Second
+
+// serveWatched serves until ctx ends or a token must not be logged in to again.
+func serveWatched(ctx context.Context, s *service.Service, l net.Listener, logger *slog.Logger) error {
+	interval, feed := watchInterval, func() {}
+	if limit, err := daemon.SdWatchdogEnabled(false); err == nil && limit > 0 {
+		interval, feed = limit/3, func() { notify(logger, daemon.SdNotifyWatchdog) }
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	watched := make(chan error, 1)
+	go func() {
+		watched <- s.Watch(ctx, interval, feed)
+		stop()
+	}()
+	err := s.Serve(ctx, l)
+	stop()
+	return errors.Join(err, <-watched)
 }
 
 func notify(logger *slog.Logger, state string) {

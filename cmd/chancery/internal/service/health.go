@@ -3,12 +3,15 @@ package service
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"sync/atomic"
 	"time"
 
 	"github.com/labstack/echo/v4"
 	"github.com/labstack/echo/v4/middleware"
+
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 // phase is where in its life the service is.
@@ -37,6 +40,7 @@ func (s *Service) Ready() error {
 		return err
 	}
 	var errs []error
+	errs = append(errs, s.tokenErr())
 	for _, l := range s.logs {
 		errs = append(errs, prefixed(l.name, l.tree.Err()), prefixed(l.name, l.heads.Err()))
 	}
@@ -115,30 +119,39 @@ func (s *Service) registerHealth() {
 	})
 }
 
-// Watch calls alive every interval while the service can still be saved by
-// waiting; when it cannot (a token call that never returns), it stops calling,
-// and the process's watchdog restarts it. It returns when ctx ends.
-func (s *Service) Watch(ctx context.Context, interval time.Duration, alive func()) {
+// Watch looks at the tokens every interval. It calls alive while waiting can
+// still help; while a call into a token's library hangs it does not, so that
+// the process's watchdog restarts it. When a token was lost and refused the PIN
+// on its return, Watch returns the ErrPIN: nothing in this process may log in
+// again. It returns nil when ctx ends.
+func (s *Service) Watch(ctx context.Context, interval time.Duration, alive func()) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-tick.C:
-			if s.wedged() == nil {
-				alive()
-			}
+		}
+		err := s.tokenErr()
+		switch {
+		case errors.Is(err, hsm.ErrPIN):
+			return err
+		case errors.Is(err, hsm.ErrWedged):
+			s.log.Error("watchdog not fed", "err", err)
+		default:
+			alive()
 		}
 	}
 }
 
-// wedged returns the error of a token that hangs in a call.
-func (s *Service) wedged() error {
+// tokenErr returns why a token does not sign, nil if all do.
+func (s *Service) tokenErr() error {
+	var errs []error
 	for name, token := range s.tokens {
-		if w, ok := token.(interface{ Err() error }); ok && w.Err() != nil {
-			return errors.New("token " + name + ": " + w.Err().Error())
+		if err := token.Err(); err != nil {
+			errs = append(errs, fmt.Errorf("token %s: %w", name, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
