@@ -20,15 +20,21 @@ import (
 // file, so the directory must be writable. It is safe for concurrent use.
 //
 // Trees that are created while it is open are not seen.
-type Reader struct{ s *Store }
+type Reader struct {
+	s *Store
+	// failed has the trees whose files could not be opened: one that is damaged
+	// does not hide the others.
+	failed map[int64]error
+}
 
-// OpenReader opens every tree in dir, which must hold a store. Errors:
+// OpenReader opens every tree in dir, which must hold a store. A tree that
+// cannot be opened is an error of every call for that tree. Errors, of both:
 // os.ErrNotExist, ErrSchema (also for files of an older version, which only
 // Open may change), ErrCorrupt.
 func OpenReader(dir string, opts Options) (*Reader, error) {
 	s := &Store{dir: dir, opts: opts.withDefaults(), trees: make(map[int64]*logTree)}
 	s.opts.Readers = 2
-	r := &Reader{s}
+	r := &Reader{s, make(map[int64]error)}
 	if err := r.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("read log database: %w", err), r.Close())
 	}
@@ -49,11 +55,20 @@ func (r *Reader) open() (err error) {
 	for id := range trees {
 		t, err := readTree(s.treePath(id), id, s.opts)
 		if err != nil {
-			return fmt.Errorf("open tree %d: %w", id, err)
+			r.failed[id] = fmt.Errorf("open tree %d: %w", id, err)
+			continue
 		}
 		s.trees[id] = t
 	}
 	return nil
+}
+
+// tree returns an open tree, or why it could not be opened.
+func (r *Reader) tree(id int64) (*logTree, error) {
+	if err := r.failed[id]; err != nil {
+		return nil, err
+	}
+	return r.s.tree(id)
 }
 
 // openReadOnly opens a file that must be there, in the newest schema.
@@ -140,7 +155,7 @@ func (r *Reader) Trees() []*trillian.Tree {
 // created and never given one.
 func (r *Reader) Root(ctx context.Context, treeID int64) (types.LogRootV1, error) {
 	var root types.LogRootV1
-	t, err := r.s.tree(treeID)
+	t, err := r.tree(treeID)
 	if err != nil {
 		return root, err
 	}
@@ -160,13 +175,17 @@ func (r *Reader) Root(ctx context.Context, treeID int64) (types.LogRootV1, error
 
 // ReadTile is Store.ReadTile.
 func (r *Reader) ReadTile(ctx context.Context, treeID int64, level, index uint64, width int) ([]byte, error) {
-	return r.s.ReadTile(ctx, treeID, level, index, width)
+	t, err := r.tree(treeID)
+	if err != nil {
+		return nil, err
+	}
+	return t.readTile(ctx, level, index, width)
 }
 
 // Entries returns integrated entries from start on: at least one, at most
 // count, fewer where they are large. start must be below the tree's size.
 func (r *Reader) Entries(ctx context.Context, treeID int64, start, count uint64) ([]*trillian.LogLeaf, error) {
-	t, err := r.s.tree(treeID)
+	t, err := r.tree(treeID)
 	if err != nil {
 		return nil, err
 	}
@@ -179,13 +198,18 @@ func (r *Reader) Entries(ctx context.Context, treeID int64, start, count uint64)
 }
 
 // Backup is Store.Backup: it copies the trees while another process writes.
-func (r *Reader) Backup(ctx context.Context, dir string) error { return r.s.Backup(ctx, dir) }
+func (r *Reader) Backup(ctx context.Context, dir string) error {
+	for _, err := range r.failed {
+		return err
+	}
+	return r.s.Backup(ctx, dir)
+}
 
 // Check compares every row of a tree file with its sum but for the entries,
 // which Entries checks: it finds rot in what no proof ever reads. The error
 // names the table and the row.
 func (r *Reader) Check(ctx context.Context, treeID int64) error {
-	t, err := r.s.tree(treeID)
+	t, err := r.tree(treeID)
 	if err != nil {
 		return err
 	}

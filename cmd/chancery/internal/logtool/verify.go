@@ -24,7 +24,7 @@ func (f *files) rootAt(ctx context.Context, id int64, size uint64) (tree.Hash, e
 		if width := n % tree.TileWidth; width > 0 {
 			var err error
 			if tile, err = f.ReadTile(ctx, id, level, n/tree.TileWidth, int(width)); err != nil {
-				return tree.Hash{}, fmt.Errorf("compute root of %d leaves: %w", size, named(err))
+				return tree.Hash{}, fmt.Errorf("compute root of %d leaves: tile %d/%d: %w", size, level, n/tree.TileWidth, named(err))
 			}
 		}
 		tiles = append(tiles, tile)
