@@ -35,6 +35,7 @@ type logTree struct {
 	// frontier has the nodes of compact.RangeNodes(0, tip.entries) that the
 	// writer knows; used by the holder of the token.
 	frontier map[compact.NodeID][]byte
+	spare    []byte // a buffer for records; used by the holder of the token
 	nodes    nodeCache
 
 	readers chan *conn    // the connections that are free

@@ -51,12 +51,20 @@ func (t *logTree) begin(ctx context.Context, preordered bool) (*logTX, error) {
 		return nil, err
 	}
 	old := t.tip.Load()
-	return &logTX{t: t, old: old, distinct: old.distinct, preordered: preordered}, nil
+	return &logTX{t: t, old: old, distinct: old.distinct, preordered: preordered, records: t.spare[:0]}, nil
 }
+
+// maxSpare bounds the octets that a tree keeps for the records of the next
+// transaction. A buffer made anew for each one was half of all garbage.
+const maxSpare = 4 << 20
 
 // rollback ends the transaction if Commit did not.
 func (tx *logTX) rollback() {
 	_ = tx.Close()
+	if tx.t.spare = tx.records; cap(tx.records) > maxSpare {
+		tx.t.spare = nil
+	}
+	tx.records = nil
 	tx.t.release()
 }
 
