@@ -18,7 +18,7 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs the command lines in testdata as a person would. Beside
-// testscript's own commands there is `exits STATUS PROGRAM …`.
+// testscript's own commands there are `exits STATUS PROGRAM …` and `logs`.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -29,7 +29,7 @@ func TestScripts(t *testing.T) {
 			}
 			return os.WriteFile(env.Getenv("WORK")+"/example.yaml", example, 0o600)
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "logs": logs},
 	})
 }
 
