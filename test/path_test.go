@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/google/certificate-transparency-go/jsonclient"
 	ctx509 "github.com/google/certificate-transparency-go/x509"
 	"github.com/google/certificate-transparency-go/x509util"
+	"github.com/google/go-cmp/cmp"
 	rekornote "github.com/sigstore/rekor-tiles/v2/pkg/note"
 	"github.com/sigstore/sigstore-go/pkg/bundle"
 	"github.com/sigstore/sigstore/pkg/signature"
@@ -48,7 +50,10 @@ func TestWholePath(t *testing.T) {
 	t.Run("openssl verifies the chain", func(t *testing.T) { opensslChain(t, d, leaf) })
 	t.Run("openssl verifies the timestamp", func(t *testing.T) { opensslTimestamp(t, d, b) })
 	t.Run("zlint passes the certificate", func(t *testing.T) { lintLeaf(t, leaf) })
-	t.Run("certificate-transparency-go verifies the SCT and its inclusion", func(t *testing.T) { checkCT(t, d, leaf) })
+	t.Run("certificate-transparency-go verifies the SCT and its inclusion", func(t *testing.T) {
+		checkCT(t, d, leaf, d.read("trust", "chain.pem"))
+		resubmit(t, d, leaf)
+	})
 	t.Run("merkle verifies the log entry", func(t *testing.T) { b.checkInclusion(t, d) })
 	t.Run("ALPN offers h2", func(t *testing.T) {
 		resp, err := d.http.Get(d.url + "/healthz")
@@ -192,17 +197,11 @@ func lintLeaf(t *testing.T, leaf *x509.Certificate) {
 // reasons stand in ca/profile.
 var lintExceptions = map[string]bool{}
 
-func checkCT(t *testing.T, d *demo, leaf *x509.Certificate) {
+// checkCT looks for leaf, whose issuers are in the PEM issuers, in the log of d.
+func checkCT(t *testing.T, d *demo, leaf *x509.Certificate, issuers []byte) {
 	ctx := context.Background()
-	pub, err := os.ReadFile(d.path("trust", "ct.pub"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	logClient, err := ctclient.New(d.url+"/ct/ct1", d.http, jsonclient.Options{PublicKey: string(pub)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	chain := ctChain(t, leaf.Raw, d.read("trust", "chain.pem"))
+	pub, logClient := d.read("trust", "ct.pub"), d.ctClient(t)
+	chain := ctChain(t, leaf.Raw, issuers)
 	scts, err := x509util.ParseSCTsFromCertificate(leaf.Raw)
 	if err != nil || len(scts) != 1 {
 		t.Fatalf("%d SCTs, %v", len(scts), err)
@@ -239,8 +238,69 @@ func checkCT(t *testing.T, d *demo, leaf *x509.Certificate) {
 		t.Fatalf("entry %d: %v, %v", got.LeafIndex, entries, err)
 	}
 	roots, err := logClient.GetAcceptedRoots(ctx)
-	if err != nil || len(roots) != 1 {
-		t.Errorf("%d roots, %v", len(roots), err)
+	if err != nil || !slices.ContainsFunc(roots, func(root ctgo.ASN1Cert) bool { return bytes.Equal(root.Data, chain[len(chain)-1].Raw) }) {
+		t.Errorf("the root is not among %d accepted ones, %v", len(roots), err)
+	}
+}
+
+// resubmit sends to the log over HTTPS what is in it, which must give the SCT
+// of the first time, and something new, and proves that old and new heads are
+// of one tree. Everything is verified by certificate-transparency-go.
+func resubmit(t *testing.T, d *demo, leaf *x509.Certificate) {
+	ctx, c := context.Background(), d.ctClient(t)
+	key, chain := publicKey(t, d.read("trust", "ct.pub")), ctChain(t, leaf.Raw, d.read("trust", "chain.pem"))
+	before := awaitSTH(t, c, 1)
+	entries, err := c.GetEntries(ctx, 0, 0)
+	if err != nil || len(entries) != 1 || entries[0].Precert == nil {
+		t.Fatalf("entry 0: %v, %v", entries, err)
+	}
+	embedded, err := x509util.ParseSCTsFromCertificate(leaf.Raw)
+	if err != nil || len(embedded) != 1 {
+		t.Fatalf("%d SCTs, %v", len(embedded), err)
+	}
+	precert := []ctgo.ASN1Cert{entries[0].Precert.Submitted, {Data: chain[1].Raw}}
+	for range 2 {
+		again, err := c.AddPreChain(ctx, precert)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(embedded[0], again); d != "" {
+			t.Errorf("the precertificate got another SCT than the certificate carries: %s", d)
+		}
+	}
+	final := []ctgo.ASN1Cert{{Data: leaf.Raw}, {Data: chain[1].Raw}, {Data: chain[2].Raw}}
+	first, err := c.AddChain(ctx, final)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ctutil.VerifySCT(key, chain, first, false); err != nil {
+		t.Errorf("SCT for the certificate: %v", err)
+	}
+	second, err := c.AddChain(ctx, final[:2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(first, second); d != "" {
+		t.Errorf("the certificate got another SCT: %s", d)
+	}
+	after := awaitSTH(t, c, before.TreeSize+1)
+	hash, err := ctutil.LeafHash(chain, first, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.GetProofByHash(ctx, hash[:], after.TreeSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := proof.VerifyInclusion(rfc6962.DefaultHasher, uint64(got.LeafIndex), after.TreeSize, hash[:], got.AuditPath, after.SHA256RootHash[:]); err != nil {
+		t.Errorf("inclusion of the certificate: %v", err)
+	}
+	path, err := c.GetSTHConsistency(ctx, before.TreeSize, after.TreeSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := proof.VerifyConsistency(rfc6962.DefaultHasher, before.TreeSize, after.TreeSize, path, before.SHA256RootHash[:], after.SHA256RootHash[:]); err != nil {
+		t.Errorf("consistency: %v", err)
 	}
 }
 
