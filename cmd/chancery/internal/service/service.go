@@ -260,7 +260,7 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 	}
 	heads, err := head.Open(ctx, head.Config{
 		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name),
-		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log,
+		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log.With("log", name),
 	})
 	if err != nil {
 		return openLog{}, err
