@@ -225,11 +225,13 @@ func checkCT(t *testing.T, d *demo, leaf *x509.Certificate, issuers []byte) {
 		t.Fatal(err)
 	}
 	// The tree head follows within the merge delay; it is made once a second.
-	sth := awaitSTH(t, logClient, 1)
-	got, err := logClient.GetProofByHash(ctx, hash[:], sth.TreeSize)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var sth *ctgo.SignedTreeHead
+	var got *ctgo.GetProofByHashResponse
+	eventually(t, "a tree head over the certificate", func() bool {
+		sth = awaitSTH(t, logClient, 1)
+		got, err = logClient.GetProofByHash(ctx, hash[:], sth.TreeSize)
+		return err == nil
+	})
 	if err := proof.VerifyInclusion(rfc6962.DefaultHasher, uint64(got.LeafIndex), sth.TreeSize, hash[:], got.AuditPath, sth.SHA256RootHash[:]); err != nil {
 		t.Errorf("inclusion: %v", err)
 	}
