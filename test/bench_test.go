@@ -117,21 +117,27 @@ func benchDemo(b *testing.B, shim *hsmtest.Shim) *demo {
 	b.Helper()
 	dir := filepath.Join(b.TempDir(), "demo")
 	must(b, nil, binary(b, "chancery"), "demo", "--once", "--dir", dir)
-	ring := filepath.Join(dir, "trust", "keys.yaml")
-	raw, err := os.ReadFile(ring)
-	if err != nil {
-		b.Fatal(err)
-	}
-	moved := regexp.MustCompile(`module: .*`).ReplaceAll(raw, []byte("module: "+shim.Module))
-	if err := os.WriteFile(ring, moved, 0o600); err != nil {
-		b.Fatal(err)
-	}
+	useModule(b, dir, shim.Module)
 	shim.Reset()
 	d := startDemo(b, dir)
 	if shim.Signs() == 0 {
 		b.Fatal("the service does not sign through the counting module")
 	}
 	return d
+}
+
+// useModule makes a demo's folder name another PKCS#11 module.
+func useModule(t testing.TB, dir, module string) {
+	t.Helper()
+	ring := filepath.Join(dir, "trust", "keys.yaml")
+	raw, err := os.ReadFile(ring)
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := regexp.MustCompile(`module: .*`).ReplaceAll(raw, []byte("module: "+module))
+	if err := os.WriteFile(ring, moved, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // load is one kind of request from a number of clients.
