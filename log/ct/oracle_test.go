@@ -468,3 +468,53 @@ func oracleReads(t testing.TB, p *pair, size int) []read {
 	}
 	return rows
 }
+
+// TestOracleDiffers: where a submission or a method is answered otherwise on
+// purpose, and why.
+func TestOracleDiffers(t *testing.T) {
+	p := newPair(t, cttest.Options{})
+	good := chainBody(t, p.chain(p.leaf(t))...)
+	padded := append(bytes.Repeat([]byte(" "), 515_000), good...)
+	for _, row := range []submission{
+		{name: "12 certificates, each signed by the next", body: chainBody(t, deepChain(t, p.fixture, 12)...), ours: 400, theirs: 200,
+			differs: "a chain of our CAs has three certificates; each more is a signature that anybody can make us verify"},
+		{name: "a body of 515,000 octets", body: padded, ours: 200, theirs: 413,
+			differs: "ours may have 512 KiB, ctfe's 512,000 octets by default"},
+	} {
+		t.Run(row.name, func(t *testing.T) { p.submit(t, row) })
+	}
+	t.Run("HEAD", func(t *testing.T) {
+		// RFC 9110, Section 9.1: all general-purpose servers support GET and
+		// HEAD. ctfe knows GET alone; caches ask with HEAD.
+		ours, theirs := p.both(t, http.MethodHead, "/ct/v1/get-roots", nil)
+		if ours.status != http.StatusOK || theirs.status != http.StatusMethodNotAllowed {
+			t.Errorf("ours %d, ctfe %d", ours.status, theirs.status)
+		}
+	})
+	for _, row := range []struct{ method, path string }{
+		{http.MethodGet, "/ct/v1/add-chain"}, {http.MethodPost, "/ct/v1/get-sth"}, {http.MethodDelete, "/ct/v1/get-roots"},
+	} {
+		t.Run(row.method+" "+row.path, func(t *testing.T) {
+			if ours, theirs := p.both(t, row.method, row.path, nil); ours.status != theirs.status || ours.status != http.StatusMethodNotAllowed {
+				t.Errorf("ours %d, ctfe %d", ours.status, theirs.status)
+			}
+		})
+	}
+}
+
+// deepChain is a chain of n certificates, leaf first and root last.
+func deepChain(t testing.TB, f *fixture, n int) [][]byte {
+	t.Helper()
+	chain := [][]byte{f.root.Raw}
+	parent, parentKey := f.root, f.rootKey
+	for i := range n - 2 {
+		key := authKey(hsm.ECDSAP256)
+		parent = f.make(t, &x509.Certificate{Subject: pkix.Name{CommonName: fmt.Sprint("deep ", i)}, IsCA: true, BasicConstraintsValid: true}, parent, key, parentKey)
+		parentKey = key
+		chain = append(chain, parent.Raw)
+	}
+	leaf := f.make(t, &x509.Certificate{EmailAddresses: []string{"dev@test.example"}}, parent, f.leafKey, parentKey)
+	chain = append(chain, leaf.Raw)
+	slices.Reverse(chain)
+	return chain
+}
