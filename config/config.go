@@ -40,6 +40,8 @@ const maxFile = 1 << 20
 type Config struct {
 	// Version is 1.
 	Version int `yaml:"version"`
+	// Only is "" for the whole service, or OnlyCT.
+	Only string `yaml:"only"`
 	// URL is the service's public base URL, https, without a path or a final
 	// slash. Certificates and trust files name it.
 	URL string `yaml:"url"`
@@ -63,6 +65,10 @@ type Config struct {
 	// TSA is the timestamp authority.
 	TSA TSA `yaml:"tsa"`
 }
+
+// OnlyCT makes a service that is a CT log and nothing else, for CAs elsewhere:
+// those whose roots are in CT.Roots. It has no ca, rekor and tsa section.
+const OnlyCT = "ct"
 
 // TLS names PEM files. The key's file must be readable by its owner alone.
 type TLS struct {
@@ -233,16 +239,40 @@ func (c *Config) finish() error {
 	if err := c.finishTokens(); err != nil {
 		return err
 	}
-	if err := c.CA.finish(); err != nil {
+	if err := c.CT.finish(host); err != nil {
 		return err
 	}
-	if err := c.CT.finish(host); err != nil {
+	switch c.Only {
+	case "":
+	case OnlyCT:
+		return c.checkOnlyCT()
+	default:
+		return fmt.Errorf("only: %.80q, want nothing or %s", c.Only, OnlyCT)
+	}
+	if err := c.CA.finish(); err != nil {
 		return err
 	}
 	if err := c.Rekor.finish((&url.URL{Host: host}).Hostname()); err != nil {
 		return err
 	}
 	return c.TSA.finish()
+}
+
+// checkOnlyCT refuses what a CT log alone would not use.
+func (c *Config) checkOnlyCT() error {
+	switch {
+	case c.CT.Elsewhere():
+		return errors.New("only: ct: the CT log is elsewhere (ct.url): nothing is left to serve")
+	case len(c.CT.Roots) == 0:
+		return errors.New("ct.roots: missing: a CT log alone takes the certificates of CAs elsewhere")
+	case c.CA.Lifetime != 0 || len(c.CA.OIDCIssuers) > 0 || len(c.CA.PrivateNetworks) > 0:
+		return errors.New("ca: not with only: ct")
+	case c.Rekor != (Rekor{}):
+		return errors.New("rekor: not with only: ct")
+	case c.TSA != (TSA{}):
+		return errors.New("tsa: not with only: ct")
+	}
+	return nil
 }
 
 func (c *Config) finishTokens() error {

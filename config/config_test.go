@@ -72,6 +72,47 @@ func TestCTElsewhere(t *testing.T) {
 	}
 }
 
+// onlyCT is the minimal configuration of a CT log alone.
+func onlyCT() string {
+	var kept []string
+	for _, line := range strings.Split(minimal, "\n") {
+		switch {
+		case strings.HasPrefix(line, "ca:"), strings.HasPrefix(line, "rekor:"):
+		case strings.HasPrefix(line, "ct:"):
+			kept = append(kept, "ct: {shard: ct1, roots: [root.pem]}")
+		default:
+			kept = append(kept, line)
+		}
+	}
+	return strings.Join(kept, "\n") + "only: ct\n"
+}
+
+func TestOnlyCT(t *testing.T) {
+	c, err := Parse([]byte(onlyCT()), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Only != OnlyCT || c.CT.Origin != "sig.example:8443/ct/ct1" || c.CT.Roots[0] != "/etc/chancery/root.pem" {
+		t.Errorf("a CT log alone was read as %+v", c)
+	}
+	for _, tc := range []struct{ name, old, new, want string }{
+		{"no roots", ", roots: [root.pem]", "", "ct.roots"},
+		{"log elsewhere", "{shard: ct1, roots: [root.pem]}", "{url: 'https://ct.example', key: ct.pub}", "elsewhere"},
+		{"with a CA", "only: ct", "only: ct\nca: {lifetime: 5m}", "ca:"},
+		{"with a signature log", "only: ct", "only: ct\nrekor: {shard: log1}", "rekor:"},
+		{"with a timestamp authority", "only: ct", "only: ct\ntsa: {policy: 1.2.3}", "tsa:"},
+		{"another part", "only: ct", "only: tsa", "only:"},
+		{"a service without a CA that does not say so", "only: ct", "", "ca"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := Parse([]byte(strings.Replace(onlyCT(), tc.old, tc.new, 1)), "/")
+			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v, want ErrInvalid that mentions %q", err, tc.want)
+			}
+		})
+	}
+}
+
 func TestIPv6Origin(t *testing.T) {
 	c, err := Parse([]byte(strings.Replace(minimal, "sig.example:8443", "'[::1]:8443'", 1)), "/")
 	if err == nil {

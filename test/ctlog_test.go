@@ -73,6 +73,24 @@ func (s *site) configure(t *testing.T, idp provider, ct map[string]any) {
 			"issuer-url": idp.Issuer(), "client-id": "sigstore", "type": "email", "ca-cert": idp.ca,
 		}},
 	}
+	s.write(t, config)
+}
+
+// configureAlone makes the site a CT log and nothing else.
+func (s *site) configureAlone(t *testing.T, ct map[string]any) {
+	t.Helper()
+	var config map[string]any
+	if err := yaml.Unmarshal(s.read("chancery.yaml"), &config); err != nil {
+		t.Fatal(err)
+	}
+	delete(config, "ca")
+	delete(config, "rekor")
+	config["only"], config["ct"], config["state"] = "ct", ct, filepath.Join(s.dir, "serve-state")
+	s.write(t, config)
+}
+
+func (s *site) write(t *testing.T, config map[string]any) {
+	t.Helper()
 	raw, err := yaml.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
@@ -207,4 +225,42 @@ func TestLogElsewhere(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestLogAlone: a Chancery that is a CT log and nothing else serves a CA
+// elsewhere.
+func TestLogAlone(t *testing.T) {
+	needSoftHSM(t)
+	idp := startProvider(t)
+	log, branch := newSite(t), newSite(t)
+	log.configureAlone(t, map[string]any{"shard": "ct1", "origin": "log.test.example/ct/ct1", "roots": []string{branch.path("trust", "root.pem")}})
+	branch.configure(t, idp, map[string]any{"url": log.url + "/ct/ct1", "key": log.path("trust", "ct.pub"), "tls-roots": log.path("tls-ca.pem")})
+	for s, made := range map[*site]string{log: "logs ct1 in", branch: "logs log1 in"} {
+		if out := must(t, s.env, binary(t, "chancery"), "init", "--config", s.config); !strings.Contains(out, made) {
+			t.Errorf("init says %q, want %q", out, made)
+		}
+	}
+	stop := log.serve()
+	branch.serve()
+	leaf, issuers, _ := branch.certificate(t, idp, http.StatusOK)
+	checkCT(t, log.demo, leaf, issuers)
+	log.get("/readyz", http.StatusOK)
+	for _, path := range []string{"/api/v2/trustBundle", "/api/v2/checkpoint", "/api/v1/timestamp"} {
+		log.get(path, http.StatusNotFound)
+	}
+	// Its own CA's root is a stranger's here.
+	block, _ := pem.Decode(log.read("trust", "chain.pem"))
+	body, err := json.Marshal(map[string][][]byte{"chain": {block.Bytes}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.post("/ct/ct1/ct/v1/add-chain", "application/json", body, http.StatusBadRequest)
+	stop()
+
+	// A root's file that is not there is not a log that is not there.
+	log.configureAlone(t, map[string]any{"shard": "ct1", "origin": "log.test.example/ct/ct1", "roots": []string{log.path("none.pem")}})
+	r := command(t, log.env, binary(t, "chancery"), "serve", "--config", log.config)
+	if r.code != 1 || !strings.Contains(lastError(r.stderr), "none.pem") || strings.Contains(r.stderr, "chancery init") {
+		t.Errorf("exit status %d\n%s", r.code, r.stderr)
+	}
 }

@@ -162,7 +162,7 @@ func (f *fixture) mixed(t testing.TB, size int) {
 func TestTesseraFsck(t *testing.T) {
 	f := newFixture(t)
 	verifier := noteVerifier(t, f)
-	for _, size := range []int{2, 255, 256, 257, 512, 700} {
+	for _, size := range []int{2, 255, 256, 257, 520} {
 		f.mixed(t, size)
 		check := fsck.New(testOrigin, verifier, newTileFetcher(t, f), tileHashes, fsck.Opts{N: 2})
 		if err := check.Check(t.Context()); err != nil {
@@ -209,7 +209,7 @@ func TestTesseraClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, size := range []uint64{100, 256, 600} {
+	for _, size := range []uint64{100, 256, 300} {
 		if size > 100 {
 			f.mixed(t, int(size))
 			if _, _, _, err := tracker.Update(ctx); err != nil {

@@ -67,7 +67,10 @@ func readPublicKey(path string) (crypto.PublicKey, error) {
 
 // Logs names the shards of the logs that Create makes.
 func Logs(cfg *config.Config) []string {
-	if cfg.CT.Elsewhere() {
+	switch {
+	case cfg.Only == config.OnlyCT:
+		return []string{cfg.CT.Shard}
+	case cfg.CT.Elsewhere():
 		return []string{cfg.Rekor.Shard}
 	}
 	return []string{cfg.CT.Shard, cfg.Rekor.Shard}

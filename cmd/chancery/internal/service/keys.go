@@ -19,7 +19,15 @@ import (
 
 // onlineRoles are the keys that the service signs with. The roots stay where
 // the ceremony left them.
-var onlineRoles = []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleTSA}
+func onlineRoles(cfg *config.Config) []hsm.Role {
+	switch {
+	case cfg.Only == config.OnlyCT:
+		return []hsm.Role{hsm.RoleCT}
+	case cfg.CT.Elsewhere():
+		return []hsm.Role{hsm.RoleIntermediate, hsm.RoleRekor, hsm.RoleTSA}
+	}
+	return []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleTSA}
+}
 
 // maxChain bounds a certificate file, in octets.
 const maxChain = 1 << 20
@@ -36,10 +44,7 @@ func (s *Service) openKeys(ctx context.Context) error {
 			return fmt.Errorf("configuration names token %q: keys.yaml does not have it", name)
 		}
 	}
-	for _, role := range onlineRoles {
-		if role == hsm.RoleCT && s.cfg.CT.Elsewhere() {
-			continue
-		}
+	for _, role := range onlineRoles(s.cfg) {
 		key := ring.Keys[role]
 		token, err := s.openToken(ctx, key.Token, ring.Tokens[key.Token])
 		if err != nil {

@@ -27,7 +27,10 @@ func LogPlaces(cfg *config.Config) []LogPlace {
 		{ct, hsm.RoleCT, cfg.CT.Origin, logDir(cfg), anchorPath(cfg, ct), "ct/" + cfg.CT.Shard},
 		{rekor, hsm.RoleRekor, cfg.Rekor.Origin, logDir(cfg), anchorPath(cfg, rekor), "log/" + cfg.Rekor.Shard + "/api/v2"},
 	}
-	if cfg.CT.Elsewhere() {
+	switch {
+	case cfg.Only == config.OnlyCT:
+		return places[:1]
+	case cfg.CT.Elsewhere():
 		return places[1:]
 	}
 	return places

@@ -26,7 +26,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/labstack/echo/v4"
@@ -98,11 +97,11 @@ type openLog struct {
 
 // treeNames lists the logs of this service: a CT log elsewhere is not ours.
 func treeNames(cfg *config.Config) []string {
-	rekor := treeName("rekor", cfg.Rekor.Log)
-	if cfg.CT.Elsewhere() {
-		return []string{rekor}
+	var names []string
+	for _, place := range LogPlaces(cfg) {
+		names = append(names, place.Name)
 	}
-	return []string{treeName("ct", cfg.CT.Log), rekor}
+	return names
 }
 
 // treeName and anchorPath are the one place that says where a log lives.
@@ -154,16 +153,20 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	if err := s.openKeys(ctx); err != nil {
 		return err
 	}
+	accepted, err := s.acceptedRoots()
+	if err != nil {
+		return err
+	}
+	if s.cfg.Only == config.OnlyCT {
+		return s.openAlone(ctx, accepted)
+	}
 	chain, err := readChain(filepath.Join(s.cfg.Trust, "chain.pem"))
 	if err != nil {
 		return err
 	}
-	ctLog, rekorLog, err := s.openLogs(ctx, chain)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, tree.ErrNotFound) {
-		return fmt.Errorf("%w: %w", ErrNoLogs, err)
-	}
+	ctLog, rekorLog, err := s.openLogs(ctx, chain, accepted)
 	if err != nil {
-		return err
+		return missing(err)
 	}
 	source, err := s.certificateLog(ctLog)
 	if err != nil {
@@ -189,15 +192,46 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	return nil
 }
 
-// openLogs opens the trees and starts their publishers. The CT log is nil when
-// it is elsewhere.
-func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (ctLog *ct.Log, rekorLog *rekor.Log, err error) {
+// missing turns the error of a log that is not there into ErrNoLogs.
+func missing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, tree.ErrNotFound) {
+		return fmt.Errorf("%w: %w", ErrNoLogs, err)
+	}
+	return err
+}
+
+// openAlone opens a service that is a CT log and nothing else.
+func (s *Service) openAlone(ctx context.Context, accepted []*x509.Certificate) error {
+	if err := s.openEngine(ctx); err != nil {
+		return missing(err)
+	}
+	log, err := s.openCT(ctx, accepted, nil)
+	if err != nil {
+		return missing(fmt.Errorf("open CT log: %w", err))
+	}
+	s.echo = s.newEcho()
+	log.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
+	s.registerHealth()
+	return nil
+}
+
+func (s *Service) openEngine(ctx context.Context) (err error) {
 	s.engine, err = tree.Open(ctx, tree.Config{Dir: logDir(s.cfg), Now: s.clock.Now, Logger: s.log})
 	if err != nil {
-		return nil, nil, fmt.Errorf("open logs: %w", err)
+		return fmt.Errorf("open logs: %w", err)
+	}
+	return nil
+}
+
+// openLogs opens the trees and starts their publishers. The CT log is nil when
+// it is elsewhere.
+func (s *Service) openLogs(ctx context.Context, chain, accepted []*x509.Certificate) (ctLog *ct.Log, rekorLog *rekor.Log, err error) {
+	if err := s.openEngine(ctx); err != nil {
+		return nil, nil, err
 	}
 	if !s.cfg.CT.Elsewhere() {
-		if ctLog, err = s.openCT(ctx, chain); err != nil {
+		root := len(chain) - 1
+		if ctLog, err = s.openCT(ctx, append(chain[root:root+1:root+1], accepted...), chain[:root]); err != nil {
 			return nil, nil, fmt.Errorf("open CT log: %w", err)
 		}
 	}
@@ -225,8 +259,9 @@ func (s *Service) openLogs(ctx context.Context, chain []*x509.Certificate) (ctLo
 	return ctLog, rekorLog, nil
 }
 
-// openCT opens our CT log. It accepts our CA's root and those configured.
-func (s *Service) openCT(ctx context.Context, chain []*x509.Certificate) (*ct.Log, error) {
+// openCT opens our CT log, which accepts chains to roots; issuers are
+// intermediates that it knows from the start.
+func (s *Service) openCT(ctx context.Context, roots, issuers []*x509.Certificate) (*ct.Log, error) {
 	key := s.keys[hsm.RoleCT]
 	format, err := ct.NewFormat(s.cfg.CT.Origin, key.Public())
 	if err != nil {
@@ -236,19 +271,22 @@ func (s *Service) openCT(ctx context.Context, chain []*x509.Certificate) (*ct.Lo
 	if err != nil {
 		return nil, err
 	}
-	roots := slices.Clone(chain[len(chain)-1:])
+	return ct.New(ct.Config{
+		Tree: opened.tree, Heads: opened.heads, Key: key, Roots: roots, Issuers: issuers,
+		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
+	})
+}
+
+// acceptedRoots reads the roots of CAs elsewhere that our CT log accepts.
+func (s *Service) acceptedRoots() (roots []*x509.Certificate, err error) {
 	for _, path := range s.cfg.CT.Roots {
 		more, err := readChain(path)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("accepted roots of the CT log: %w", err)
 		}
 		roots = append(roots, more...)
 	}
-	return ct.New(ct.Config{
-		Tree: opened.tree, Heads: opened.heads, Key: key,
-		Roots: roots, Issuers: chain[:len(chain)-1],
-		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
-	})
+	return roots, nil
 }
 
 // openLog opens one tree, starts its publisher, and tells the clock of the
