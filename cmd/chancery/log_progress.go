@@ -43,6 +43,9 @@ func (p *progress) Begin(task string, total uint64) (add func(int), done func())
 		l.last = l.began
 		return func(n int) { l.add(n, time.Now()) }, func() {}
 	}
+	if total == 0 {
+		return func(int) {}, func() {}
+	}
 	bar := p.bars.AddBar(int64(total),
 		mpb.PrependDecorators(decor.Name(task, decor.WCSyncSpaceR), decor.CountersNoUnit("%d / %d", decor.WCSyncSpace)),
 		mpb.AppendDecorators(decor.Percentage(decor.WC{W: 5}), decor.AverageSpeed(0, "  %.0f leaves/s"), decor.AverageETA(decor.ET_STYLE_GO, decor.WC{W: 8})),

@@ -38,10 +38,10 @@ type Record struct {
 	Epoch uint64
 	// SPKI is the SHA-256 of the head key's SubjectPublicKeyInfo.
 	SPKI [sha256.Size]byte
-	// Loss marks a record that AcceptLoss wrote: nobody signed its head, and
-	// Signature and Note are empty. Replaced is then the SHA-256 of the slot
-	// that it replaced, of the whole file if that was damaged, and zero if
-	// there was none.
+	// Loss marks a record that AcceptLoss wrote: nobody signed its head,
+	// Signature is empty and Note the text alone. Replaced is then the SHA-256
+	// of the slot that it replaced, of the whole file if that was damaged, and
+	// zero if there was none.
 	Loss     bool
 	Replaced [sha256.Size]byte
 	Signed
@@ -83,7 +83,7 @@ var errSlot = errors.New("slot not valid")
 func (r Record) marshal() ([]byte, error) {
 	signature, kind := r.Signature, uint16(0)
 	if r.Loss {
-		if len(r.Signature)+len(r.Note) > 0 {
+		if len(r.Signature) > 0 {
 			return nil, errors.New("an accepted loss has no signature")
 		}
 		signature, kind = r.Replaced[:], kindLoss

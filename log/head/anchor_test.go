@@ -245,6 +245,13 @@ func FuzzParseSlot(f *testing.F) {
 		f.Add(n, b, false)
 		f.Add(n, b[:slotSum], true)
 	}
+	loss := record(2)
+	loss.Loss, loss.Replaced, loss.Signature = true, [32]byte{7}, nil
+	b, err := loss.marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint64(0), b[:slotSum], true)
 	f.Fuzz(func(t *testing.T, n uint64, b []byte, fix bool) {
 		if fix && len(b) >= slotSum { // get past the checksum
 			b = append(bytes.Clone(b[:slotSum]), sum(b[:slotSum])...)

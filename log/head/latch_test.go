@@ -235,7 +235,7 @@ func TestRunningLatchStillReads(t *testing.T) {
 func (f *fixture) loss(old *Record) Loss {
 	root := f.tree.Root()
 	return Loss{
-		Key: f.key.Public().(*ecdsa.PublicKey), Size: root.Size, Root: root.Hash, Time: time.Now(),
+		Key: f.key.Public().(*ecdsa.PublicKey), Format: checkpoint("log.example"), Size: root.Size, Root: root.Hash, Time: time.Now(),
 		Report: func(o, _ Record, _ []byte, _ bool) error {
 			if old != nil {
 				*old = o
@@ -288,6 +288,10 @@ func TestAcceptLoss(t *testing.T) {
 	}
 	want := Record{Sequence: old.Sequence + 1, SPKI: old.SPKI, Loss: true, Replaced: sha256.Sum256(slot)}
 	want.Head = Head{Size: 3, Root: f.tree.Root().Hash, Time: rec.Time}
+	if want.Note, err = checkpoint("log.example").Message(want.Head); err != nil {
+		t.Fatal(err)
+	}
+	want.Note = bytes.TrimSuffix(want.Note, []byte("\n"))
 	if diff := cmp.Diff(want, rec); diff != "" {
 		t.Errorf("record (-want +got):\n%s", diff)
 	}
@@ -329,6 +333,57 @@ func TestAcceptedTreeAlone(t *testing.T) {
 	f.wantLatched(Signed{})
 	if f.key.Count() != signed {
 		t.Error("a head was signed")
+	}
+}
+
+// TestAcceptedTreeOfAnotherLog: the record is bound to key and origin.
+func TestAcceptedTreeOfAnotherLog(t *testing.T) {
+	f, _ := behind(t)
+	if _, err := AcceptLoss(f.anchor(), f.loss(nil)); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*Config){
+		"key":    func(c *Config) { c.Key = hsmtest.SoftwareKey(hsm.ECDSAP256) },
+		"origin": func(c *Config) { c.Format = checkpoint("other.example") },
+	} {
+		if err := f.tryOpen(change); !errors.Is(err, ErrMismatch) {
+			t.Errorf("another %s: error %v, want ErrMismatch", name, err)
+		}
+	}
+	f.open()
+	f.verify(f.heads.Latest())
+}
+
+// TestAcceptedLossSlot: the second kind of record has one form.
+func TestAcceptedLossSlot(t *testing.T) {
+	r := record(4)
+	r.Loss, r.Replaced, r.Signature = true, [32]byte{9}, nil
+	b, err := r.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := parseSlot(0, b)
+	if diff := cmp.Diff(r, got); diff != "" || err != nil {
+		t.Fatalf("record (-want +got), %v:\n%s", err, diff)
+	}
+	signed := r
+	signed.Signature = []byte{1}
+	if _, err := signed.marshal(); err == nil {
+		t.Error("an accepted loss with a signature was written")
+	}
+	for name, change := range map[string]func([]byte){
+		"unknown kind":       func(b []byte) { b[15] = 2 },
+		"hash too short":     func(b []byte) { b[11]-- },
+		"of sequence 0":      func(b []byte) { clear(b[16:24]) },
+		"in the other slot":  func(b []byte) { b[23]++ },
+		"something after it": func(b []byte) { b[slotSum-1] = 1 },
+	} {
+		bad := bytes.Clone(b)
+		change(bad)
+		copy(bad[slotSum:], sum(bad[:slotSum]))
+		if r, err := parseSlot(0, bad); err == nil {
+			t.Errorf("%s: accepted as %+v", name, r)
+		}
 	}
 }
 
@@ -395,6 +450,7 @@ func TestAcceptLossRefuses(t *testing.T) {
 		{"another key", func(l *Loss) {
 			l.Key = hsmtest.SoftwareKey(hsm.ECDSAP256).Public().(*ecdsa.PublicKey)
 		}, ErrMismatch},
+		{"another origin", func(l *Loss) { l.Format = checkpoint("other.example") }, ErrMismatch},
 		{"incident file not written", func(l *Loss) {
 			l.Report = func(Record, Record, []byte, bool) error { return full }
 		}, full},

@@ -78,8 +78,8 @@ func parseAnchor(b []byte) (AnchorState, error) {
 }
 
 // Verify checks a record against the log that it should be of: its key, its
-// signature and the origin in its note. A record of an accepted loss has no
-// signature. Errors: ErrMismatch.
+// signature and the origin in its note. Of an accepted loss, which has no
+// signature, the note's text is checked. Errors: ErrMismatch.
 func (r Record) Verify(pub *ecdsa.PublicKey, format Format) error {
 	spki, err := hsm.SPKIHash(pub)
 	if err != nil {
@@ -89,7 +89,11 @@ func (r Record) Verify(pub *ecdsa.PublicKey, format Format) error {
 		return fmt.Errorf("head key has SPKI %x…, the anchor %x…: %w", spki[:8], r.SPKI[:8], ErrMismatch)
 	}
 	if r.Loss {
-		return nil
+		text, err := unsigned(r.Head, format)
+		if err == nil && !bytes.Equal(text, r.Note) {
+			err = fmt.Errorf("origin of the accepted tree: %w", ErrMismatch)
+		}
+		return err
 	}
 	msg, err := format.Message(r.Head)
 	if err != nil {
@@ -108,11 +112,22 @@ func (r Record) Verify(pub *ecdsa.PublicKey, format Format) error {
 	return nil
 }
 
+// unsigned returns the text of the note that a head would get.
+func unsigned(h Head, format Format) ([]byte, error) {
+	note, err := format.Note(h, []byte{0})
+	if err != nil {
+		return nil, fmt.Errorf("encode note: %w", err)
+	}
+	return noteText(note), nil
+}
+
 // Loss is what an operator accepts: that the log goes on from this tree, not
 // from the one that the anchor names.
 type Loss struct {
-	// Key is the head key's public half. An anchor of another key is refused.
-	Key *ecdsa.PublicKey
+	// Key is the head key's public half and Format the kind of log. An anchor
+	// of others is refused.
+	Key    *ecdsa.PublicKey
+	Format Format
 	// Size and Root are of the tree that is there.
 	Size uint64
 	Root tree.Hash
@@ -152,6 +167,9 @@ func acceptLoss(path string, l Loss) (Record, error) {
 	next.Head = Head{Size: l.Size, Root: l.Root, Time: l.Time.UTC().Truncate(time.Millisecond)}
 	raw, err := os.ReadFile(filepath.Clean(path))
 	if errors.Is(err, fs.ErrNotExist) {
+		if next.Note, err = unsigned(next.Head, l.Format); err != nil {
+			return Record{}, err
+		}
 		if err := l.Report(Record{}, next, nil, true); err != nil {
 			return Record{}, err
 		}
@@ -169,11 +187,11 @@ func acceptLoss(path string, l Loss) (Record, error) {
 	if raw == nil {
 		return next, a.Store(next)
 	}
-	return a.replace(next, l.Report)
+	return a.replace(next, l)
 }
 
 // replace stores next in the place of what the locked file holds.
-func (a *FileAnchor) replace(next Record, report func(old, replacement Record, raw []byte, lost bool) error) (Record, error) {
+func (a *FileAnchor) replace(next Record, l Loss) (Record, error) {
 	raw := make([]byte, 2*slotSize+1)
 	n, err := a.f.ReadAt(raw, 0)
 	if n == len(raw) || err == nil {
@@ -189,12 +207,14 @@ func (a *FileAnchor) replace(next Record, report func(old, replacement Record, r
 		lost = len(state.Damaged) == 2
 	}
 	old := state.Record
-	switch {
-	case lost:
+	if lost {
 		next.Replaced = sha256.Sum256(raw)
-	case old.Sequence > 0 && old.SPKI != next.SPKI:
-		return Record{}, fmt.Errorf("the anchor is of key %x…, the configuration of %x…: %w", old.SPKI[:8], next.SPKI[:8], ErrMismatch)
-	default:
+	} else {
+		if old.Sequence > 0 {
+			if err := old.Verify(l.Key, l.Format); err != nil {
+				return Record{}, err
+			}
+		}
 		slot, err := old.marshal()
 		if err != nil {
 			return Record{}, err
@@ -204,7 +224,10 @@ func (a *FileAnchor) replace(next Record, report func(old, replacement Record, r
 			next.Time = old.Time
 		}
 	}
-	if err := report(old, next, raw, lost); err != nil {
+	if next.Note, err = unsigned(next.Head, l.Format); err != nil {
+		return Record{}, err
+	}
+	if err := l.Report(old, next, raw, lost); err != nil {
 		return Record{}, err
 	}
 	if lost {

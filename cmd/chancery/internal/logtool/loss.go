@@ -88,7 +88,7 @@ func (l Log) AcceptLoss(ctx context.Context, s *Status, now time.Time) (file str
 		return "", fmt.Errorf("log %s changed meanwhile: %w", l.Name, ErrNotProven)
 	}
 	_, err = head.AcceptLoss(l.Anchor, head.Loss{
-		Key: l.Public, Size: s.Tree.Size, Root: tree.Hash(s.Tree.Root), Time: now,
+		Key: l.Public, Format: l.Format, Size: s.Tree.Size, Root: tree.Hash(s.Tree.Root), Time: now,
 		Report: func(old, next head.Record, raw []byte, lost bool) error {
 			file = filepath.Join(filepath.Dir(l.Anchor), fmt.Sprintf("%s-incident-%s-%d.json", l.Name, now.UTC().Format("20060102T150405Z"), next.Sequence))
 			return l.report(file, s, old, next, raw, lost)
