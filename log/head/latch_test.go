@@ -132,7 +132,7 @@ func TestAnchorGone(t *testing.T) {
 			before, _ := os.ReadFile(f.anchor())
 			f.openTree()
 			var log lines
-			f.open(withLog(&log))
+			f.openAny(withLog(&log))
 			f.wantLatched(Signed{})
 			if !strings.Contains(log.String(), "level=ERROR msg=\"log is read-only until an operator decides") {
 				t.Errorf("logged: %s", &log)
@@ -329,11 +329,48 @@ func TestAcceptedTreeAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	signed := f.key.Count()
-	f.open()
+	f.openAny()
 	f.wantLatched(Signed{})
 	if f.key.Count() != signed {
 		t.Error("a head was signed")
 	}
+}
+
+// TestAcceptLossTorn: a crash in the middle of an acceptance leaves the log
+// latched as it was, and the acceptance can be repeated.
+func TestAcceptLossTorn(t *testing.T) {
+	f, anchored := behind(t)
+	before, err := os.ReadFile(f.anchor())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec, err := AcceptLoss(f.anchor(), f.loss(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.ReadFile(f.anchor())
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := int(rec.Sequence%2) * slotSize
+	for _, cut := range []int{0, 8, 112, 512, slotSum} {
+		torn := append(bytes.Clone(after[at:at+cut]), before[at+cut:at+slotSize]...)
+		file := bytes.Clone(before)
+		copy(file[at:], torn)
+		if err := os.WriteFile(f.anchor(), file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f.openAny()
+		f.wantLatched(anchored)
+		if err := f.heads.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := AcceptLoss(f.anchor(), f.loss(nil)); err != nil {
+		t.Fatal(err)
+	}
+	f.open()
+	f.verify(f.heads.Latest())
 }
 
 // TestAcceptedTreeOfAnotherLog: the record is bound to key and origin.
@@ -469,7 +506,7 @@ func TestAcceptLossRefuses(t *testing.T) {
 			if after, err := os.ReadFile(f.anchor()); err != nil || !bytes.Equal(after, before) {
 				t.Errorf("the anchor changed: %v", err)
 			}
-			f.open()
+			f.openAny()
 			f.wantLatched(anchored)
 		})
 	}
