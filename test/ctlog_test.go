@@ -190,6 +190,7 @@ func TestLogElsewhere(t *testing.T) {
 		if _, _, body := branch.certificate(t, idp, http.StatusServiceUnavailable); !strings.Contains(body, "try again") {
 			t.Errorf("answer %s", body)
 		}
+		branch.get("/readyz", http.StatusServiceUnavailable)
 		if took := time.Since(began); took > 15*time.Second {
 			t.Errorf("the refusal took %v", took)
 		}

@@ -37,6 +37,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/crypto/cryptobyte"
@@ -55,6 +56,9 @@ const (
 	maxSkew        = 5 * time.Minute
 	// maxConnections to the log; more submissions wait for one of them.
 	maxConnections = 64
+	// doubt is how long a failure speaks for the log's state: afterwards only
+	// another Submit can tell.
+	doubt = 10 * time.Second
 )
 
 // Errors that callers branch on. What will pass wraps ca.ErrUnavailable.
@@ -93,6 +97,10 @@ type Log struct {
 	target string // URL of add-pre-chain
 	logID  [sha256.Size]byte
 	client *http.Client
+
+	mu     sync.Mutex
+	failed error     // how the newest Submit failed; guarded by mu
+	at     time.Time // when; guarded by mu
 }
 
 // New returns the log. It does not connect. Errors: ErrConfig.
@@ -154,6 +162,32 @@ func (l *Log) Close() { l.client.CloseIdleConnections() }
 // ca.ErrUnavailable (no connection, no answer in time, 429, 5xx, our clock),
 // ErrRefused, ErrAnswer.
 func (l *Log) Submit(ctx context.Context, precert []byte, chain [][]byte) ([]byte, error) {
+	sct, err := l.submit(ctx, precert, chain)
+	if err == nil || !errors.Is(ctx.Err(), context.Canceled) { // not the caller's doing
+		l.note(err)
+	}
+	return sct, err
+}
+
+// Err returns how the newest Submit failed, for readiness: nil when it
+// succeeded, and ten seconds after the failure, since nobody submits to a CA
+// that is not ready.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.at) > doubt {
+		return nil
+	}
+	return l.failed
+}
+
+func (l *Log) note(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failed, l.at = err, time.Now()
+}
+
+func (l *Log) submit(ctx context.Context, precert []byte, chain [][]byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
 	defer cancel()
 	body, err := json.Marshal(map[string][][]byte{"chain": append([][]byte{precert}, chain...)})

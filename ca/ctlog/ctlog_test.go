@@ -352,7 +352,36 @@ func TestAskedAgain(t *testing.T) {
 	}
 }
 
-// TestCallerLeaves: a Submit ends with its caller.
+// TestErr: readiness follows the newest Submit.
+func TestErr(t *testing.T) {
+	f := newFixture(t)
+	l, err := ctlog.New(f.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a, err := ca.New(ca.Config{
+		Key: f.key, Chain: f.chain, Submitter: l, LogKey: f.oracle.Key,
+		Now: func() (time.Time, error) { return catest.Noon, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Err(); err != nil {
+		t.Errorf("before the first Submit: %v", err)
+	}
+	f.now.Store(&behaviour{spoil: says(http.StatusInternalServerError, "", "")})
+	if _, err := a.Issue(t.Context(), request(t)); err == nil || !errors.Is(l.Err(), ca.ErrUnavailable) {
+		t.Errorf("after %v: %v", err, l.Err())
+	}
+	f.now.Store(new(behaviour))
+	if _, err := a.Issue(t.Context(), request(t)); err != nil || l.Err() != nil {
+		t.Errorf("after a good one: %v, %v", err, l.Err())
+	}
+}
+
+// TestCallerLeaves: a Submit ends with its caller, and says nothing about the
+// log.
 func TestCallerLeaves(t *testing.T) {
 	f := newFixture(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -367,6 +396,9 @@ func TestCallerLeaves(t *testing.T) {
 	defer l.Close()
 	if _, err := l.Submit(ctx, []byte("precert"), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("err %v", err)
+	}
+	if err := l.Err(); err != nil {
+		t.Errorf("the log is blamed: %v", err)
 	}
 }
 

@@ -28,7 +28,8 @@ type readiness struct{ phase atomic.Int32 }
 func (r *readiness) set(p phase) { r.phase.Store(int32(p)) }
 
 // Ready returns nil when a request of every kind would be answered, else why
-// not. It reads memory only: no token and no disk is touched.
+// not. It reads memory only: no token and no disk is touched, and a CT log
+// elsewhere is known by how it answered the newest certificate.
 func (s *Service) Ready() error {
 	switch phase(s.state.phase.Load()) {
 	case starting:
@@ -41,6 +42,9 @@ func (s *Service) Ready() error {
 	}
 	var errs []error
 	errs = append(errs, s.tokenErr())
+	if s.elsewhere != nil {
+		errs = append(errs, prefixed("CT log elsewhere", s.elsewhere.Err()))
+	}
 	for _, l := range s.logs {
 		errs = append(errs, prefixed(l.name, l.tree.Err()), prefixed(l.name, l.heads.Err()))
 	}
