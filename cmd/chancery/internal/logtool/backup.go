@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/store"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -40,6 +42,9 @@ type Manifest struct {
 	Version int       `json:"version"`
 	Time    time.Time `json:"time"`
 	Logs    []Saved   `json:"logs"`
+	// Others are trees that the configuration does not name, old shards: they
+	// have a name and a tree alone.
+	Others []Saved `json:"others,omitempty"`
 	// Files holds the SHA-256 of each file in log/, in hexadecimal.
 	Files map[string]hexHash `json:"files"`
 }
@@ -58,11 +63,10 @@ type Saved struct {
 	AnchorSequence uint64 `json:"anchorSequence"`
 }
 
-// Backup copies all logs of the data directory, which must be those that the
-// configuration names, into a new folder, while the service runs. Each is
-// copied as of one root, at least as new as the head that was anchored when
-// Backup began, and is proven to contain it. Errors: os.ErrExist,
-// ErrNotProven, ErrDamaged.
+// Backup copies all logs of the data directory into a new folder, while the
+// service runs. Each is copied as of one root. Those that the configuration
+// names are at least as new as the head that was anchored when Backup began,
+// and are proven to contain it. Errors: os.ErrExist, ErrNotProven, ErrDamaged.
 func Backup(ctx context.Context, logs []Log, dir string, now time.Time) (*Manifest, error) {
 	m := &Manifest{Version: manifestVersion, Time: now.UTC().Truncate(time.Second), Files: map[string]hexHash{}}
 	err := newFolder(dir, 0o700, func(tmp string) error {
@@ -117,8 +121,13 @@ func (m *Manifest) describe(ctx context.Context, logs []Log, anchors []head.Anch
 		}
 		m.Logs = append(m.Logs, Saved{l.Name, l.Origin, s.Tree, s.Head, string(anchors[i].Record.Note), s.AnchorSequence})
 	}
-	if len(f.ids) != len(logs) {
-		err = errors.Join(err, fmt.Errorf("the database has %d logs, the configuration %d: %w", len(f.ids), len(logs), ErrNoLog))
+	for _, name := range slices.Sorted(maps.Keys(f.ids)) {
+		if slices.Contains(names(logs), name) {
+			continue
+		}
+		_, root, e := f.root(ctx, name)
+		err = errors.Join(err, e)
+		m.Others = append(m.Others, Saved{Name: name, Tree: Point{root.Size, hexHash(root.Hash), root.Time}})
 	}
 	if err := errors.Join(err, f.Close(), dropShared(data)); err != nil {
 		return err
@@ -264,11 +273,17 @@ func (m *Manifest) prove(ctx context.Context, logs []Log, dir string, p Progress
 	if err != nil {
 		return err
 	}
-	for _, l := range logs {
-		i := slices.IndexFunc(m.Logs, func(s Saved) bool { return s.Name == l.Name })
-		if e := m.Logs[i].prove(ctx, l, f, p); e != nil {
-			err = errors.Join(err, fmt.Errorf("restore log %s: %w", l.Name, e))
+	for _, saved := range slices.Concat(m.Logs, m.Others) {
+		l := Log{LogPlace: service.LogPlace{Name: saved.Name}}
+		if i := slices.IndexFunc(logs, func(l Log) bool { return l.Name == saved.Name }); i >= 0 {
+			l = logs[i]
 		}
+		if e := saved.prove(ctx, l, f, p); e != nil {
+			err = errors.Join(err, fmt.Errorf("restore log %s: %w", saved.Name, e))
+		}
+	}
+	if len(f.ids) != len(m.Logs)+len(m.Others) {
+		err = errors.Join(err, fmt.Errorf("%d logs, the manifest has %d: %w", len(f.ids), len(m.Logs)+len(m.Others), ErrBackup))
 	}
 	return errors.Join(err, f.Close(), dropShared(dir))
 }

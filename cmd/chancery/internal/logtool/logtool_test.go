@@ -572,6 +572,32 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 }
 
+// TestBackupOfOldShards: a log that the configuration does not name any more
+// is saved, proven and restored with the others.
+func TestBackupOfOldShards(t *testing.T) {
+	s := small(t, 300)
+	current, all := find(t, s, logtooltest.Rekor), find(t, s, "")
+	dir := filepath.Join(t.TempDir(), "backup")
+	m, err := logtool.Backup(t.Context(), current, dir, time.Now())
+	logtooltest.Must(t, err)
+	if len(m.Logs) != 1 || len(m.Others) != 1 || m.Others[0].Name != logtooltest.CT || m.Others[0].Tree.Size != 300 {
+		t.Errorf("manifest %+v", m)
+	}
+	if _, err := logtool.Restore(t.Context(), all, dir, &counter{}); !errors.Is(err, logtool.ErrBackup) {
+		t.Errorf("with a log that the backup knows no head of: error %v, want ErrBackup", err)
+	}
+	logtooltest.Must(t, os.RemoveAll(all[0].Dir))
+	var c counter
+	_, err = logtool.Restore(t.Context(), current, dir, &c)
+	logtooltest.Must(t, err)
+	if c.leaves != 600 {
+		t.Errorf("%d leaves proven, want 600", c.leaves)
+	}
+	if _, err := all[0].Verify(t.Context(), 0, &counter{}); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestAcceptLoss: an operator's way from an old backup to a log that signs.
 func TestAcceptLoss(t *testing.T) {
 	s := small(t, 30)
