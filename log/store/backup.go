@@ -133,7 +133,7 @@ func (t *logTree) finishBackup(ctx context.Context, c *conn, tp *tip, v *view) e
 	return c.transaction(func() error {
 		for k := range kinds {
 			for _, g := range v.sealed[k] {
-				if err := g.storeFilter(c); err != nil {
+				if err := g.storeFilter(c, g.filter()); err != nil {
 					return err
 				}
 			}

@@ -147,49 +147,88 @@ const (
 	filterPerLeaf = 2 // octets
 )
 
-// filterSize is the octets of a filter for n keys.
-func filterSize(n int) int { return max(1, n*filterPerLeaf/filterBlock) * filterBlock }
-
-// newFilter returns an empty filter that owner holds. Its memory is the
-// system's, not the collector's: filters are the one thing here that grows
-// with the log, and on the heap each octet would allow another of garbage. It
-// goes when owner goes, so whoever uses the filter keeps owner alive.
-func newFilter(owner *sealed, size int) filter {
-	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		return make(filter, size)
-	}
-	runtime.AddCleanup(owner, func(b []byte) { _ = unix.Munmap(b) }, b)
-	return b
+func newFilter(n int) filter {
+	return make(filter, max(1, n*filterPerLeaf/filterBlock)*filterBlock)
 }
 
-func (f filter) block(fp uint64) []byte {
-	n := uint64(len(f) / filterBlock)
-	b := (fp >> 32) * n >> 32 // uniform below n
+// blockOf returns the block of a fingerprint, uniform below blocks.
+func blockOf(fp uint64, blocks int) uint64 { return (fp >> 32) * uint64(blocks) >> 32 }
+
+func (f filter) block(fp uint64) filter {
+	b := blockOf(fp, len(f)/filterBlock)
 	return f[b*filterBlock : (b+1)*filterBlock]
 }
 
-// probes calls do for each bit of a key, as long as it returns true.
-func probes(fp uint64, do func(octet int, bit byte) bool) bool {
+// probes calls do for each bit of a fingerprint in its block.
+func probes(fp uint64, do func(octet int, bit byte)) {
 	p, step := uint32(fp), uint32(fp>>9)|1
 	for range filterBits {
 		at := p >> 23 // 9 bits
-		if !do(int(at>>3), 1<<(at&7)) {
-			return false
-		}
+		do(int(at>>3), 1<<(at&7))
 		p += step * 0x9e3779b1
 	}
-	return true
 }
 
 func (f filter) add(fp uint64) {
 	b := f.block(fp)
-	probes(fp, func(o int, bit byte) bool { b[o] |= bit; return true })
+	probes(fp, func(o int, bit byte) { b[o] |= bit })
 }
 
-func (f filter) has(fp uint64) bool {
-	b := f.block(fp)
-	return probes(fp, func(o int, bit byte) bool { return b[o]&bit != 0 })
+// probe is a fingerprint made ready to be asked of many filters.
+type probe struct {
+	fp uint64
+	// mask has the bits of the fingerprint in its block, as little-endian words.
+	mask [filterBlock / 8]uint64
+}
+
+func newProbe(fp uint64) *probe {
+	p := &probe{fp: fp}
+	probes(fp, func(o int, bit byte) { p.mask[o/8] |= uint64(bit) << (o % 8 * 8) })
+	return p
+}
+
+// in reports whether a block has all bits of the probe. It has no branch that
+// depends on the block, which a processor would guess wrong half of the time.
+func (p *probe) in(block []byte) bool {
+	missing := uint64(0)
+	for w, m := range &p.mask {
+		missing |= m &^ binary.LittleEndian.Uint64(block[8*w:])
+	}
+	return missing == 0
+}
+
+// shelf is the memory of the filters of up to shelfWidth generations of one
+// size. Block b of all of them lies together: a fingerprint has the same block
+// in each, so asking all costs one miss of the processor's caches and not eight. The memory is the system's, not the collector's: filters are the
+// one thing here that grows with the log, and on the heap each octet would
+// allow another of garbage.
+type shelf struct {
+	mem    []byte
+	blocks int // of each filter
+	used   int // filters; used by whoever adds one
+}
+
+const shelfWidth = 8
+
+func newShelf(blocks int) *shelf {
+	s := &shelf{blocks: blocks}
+	size := blocks * shelfWidth * filterBlock
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		s.mem = make([]byte, size)
+		return s
+	}
+	// One entry of the processor's address cache then covers half a shelf.
+	_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+	s.mem = b
+	runtime.AddCleanup(s, func(b []byte) { _ = unix.Munmap(b) }, b)
+	return s
+}
+
+// block returns block b of a filter on the shelf. Its user keeps s alive.
+func (s *shelf) block(slot int, b uint64) filter {
+	at := (b*shelfWidth + uint64(slot)) * filterBlock
+	return s.mem[at : at+filterBlock]
 }
 
 // sealed is a generation that is stored: its filter is in memory, its
@@ -197,10 +236,45 @@ func (f filter) has(fp uint64) bool {
 // bits of the fingerprint and 22 bits of offset; the upper 10 bits choose
 // the bucket.
 type sealed struct {
-	id     int64 // kind << 40 | number of the generation
-	first  uint64
-	count  uint64
-	filter filter
+	id    int64 // kind << 40 | number of the generation
+	first uint64
+	count uint64
+	shelf *shelf // of its filter
+	slot  int    // in the shelf
+}
+
+// place puts the filter of g on the shelf of the generation before it, or on a
+// new one.
+func (g *sealed) place(f filter, before []*sealed) {
+	blocks := len(f) / filterBlock
+	if n := len(before); n > 0 && before[n-1].shelf.blocks == blocks && before[n-1].shelf.used < shelfWidth {
+		g.shelf = before[n-1].shelf
+	} else {
+		g.shelf = newShelf(blocks)
+	}
+	g.slot = g.shelf.used
+	g.shelf.used++
+	for b := range blocks {
+		copy(g.shelf.block(g.slot, uint64(b)), f[b*filterBlock:])
+	}
+	runtime.KeepAlive(g.shelf)
+}
+
+// filter returns a copy of the filter as it is stored.
+func (g *sealed) filter() filter {
+	defer runtime.KeepAlive(g.shelf)
+	f := make(filter, 0, g.shelf.blocks*filterBlock)
+	for b := range g.shelf.blocks {
+		f = append(f, g.shelf.block(g.slot, uint64(b))...)
+	}
+	return f
+}
+
+// has reports whether the generation may have the fingerprint, without I/O.
+func (g *sealed) has(p *probe) bool {
+	ok := p.in(g.shelf.block(g.slot, blockOf(p.fp, g.shelf.blocks)))
+	runtime.KeepAlive(g.shelf)
+	return ok
 }
 
 const (
@@ -214,19 +288,14 @@ func generationID(k kind, first uint64) int64 {
 	return int64(uint64(k)<<40 | first/generationSize)
 }
 
-// has reports whether the generation may have the fingerprint, without I/O.
-func (g *sealed) has(fp uint64) bool {
-	defer runtime.KeepAlive(g)
-	return g.filter.has(fp)
-}
-
 func bucketID(generation int64, bucket uint64) int64 { return generation<<12 | int64(bucket) }
 
 // find appends the candidates of the generation, reading at most one row.
-func (g *sealed) find(ctx context.Context, c *conn, fp uint64, found []uint64) ([]uint64, error) {
-	if !g.has(fp) {
+func (g *sealed) find(ctx context.Context, c *conn, p *probe, found []uint64) ([]uint64, error) {
+	if !g.has(p) {
 		return found, nil
 	}
+	fp := p.fp
 	id := bucketID(g.id, fp>>(64-bucketBits))
 	rows := 0
 	err := c.query(ctx, "SELECT data, sum FROM buckets WHERE id=?", func(cols []driver.Value) error {
@@ -248,16 +317,17 @@ func (g *sealed) find(ctx context.Context, c *conn, fp uint64, found []uint64) (
 	return found, err
 }
 
-// seal turns a full table into what is stored of it.
-func seal(k kind, m *memTable) (*sealed, [][]byte) {
+// seal turns a full table into what is stored of it. The generation is not
+// placed yet.
+func seal(k kind, m *memTable) (*sealed, filter, [][]byte) {
 	m.mu.RLock()
 	fps := m.fps
 	m.mu.RUnlock()
 	g := &sealed{id: generationID(k, m.first), first: m.first, count: uint64(len(fps))}
-	g.filter = newFilter(g, filterSize(len(fps)))
+	f := newFilter(len(fps))
 	words := make([]uint64, len(fps))
 	for i, fp := range fps {
-		g.filter.add(fp)
+		f.add(fp)
 		words[i] = fp>>offsetBits<<offsetBits | uint64(i)
 	}
 	slices.Sort(words)
@@ -271,25 +341,24 @@ func seal(k kind, m *memTable) (*sealed, [][]byte) {
 		}
 		pieces[b] = data[start:len(data):len(data)]
 	}
-	return g, pieces
+	return g, f, pieces
 }
 
 // store writes a sealed generation; the caller owns the transaction.
-func (g *sealed) store(c *conn, pieces [][]byte) error {
+func (g *sealed) store(c *conn, f filter, pieces [][]byte) error {
 	for b, data := range pieces {
 		id := bucketID(g.id, uint64(b))
 		if err := c.exec("INSERT INTO buckets (id, data, sum) VALUES (?,?,?)", id, data, checksum(inBuckets, id, data)); err != nil {
 			return fmt.Errorf("store lookup bucket: %w", err)
 		}
 	}
-	return g.storeFilter(c)
+	return g.storeFilter(c, f)
 }
 
 // storeFilter writes the row that makes the buckets of a generation known.
-func (g *sealed) storeFilter(c *conn) error {
-	defer runtime.KeepAlive(g)
+func (g *sealed) storeFilter(c *conn, f filter) error {
 	err := c.exec("INSERT INTO generations (id, first, count, filter, sum) VALUES (?,?,?,?,?)",
-		g.id, int64(g.first), int64(g.count), []byte(g.filter), checksum(inGenerations, g.id, g.filter))
+		g.id, int64(g.first), int64(g.count), []byte(f), checksum(inGenerations, g.id, f))
 	if err != nil {
 		return fmt.Errorf("store lookup generation: %w", err)
 	}
@@ -311,8 +380,7 @@ func loadSealed(ctx context.Context, c *conn) (list [kinds][]*sealed, err error)
 			return fmt.Errorf("parse lookup generation %d: %w", id, ErrCorrupt)
 		}
 		g := &sealed{id: id, first: uint64(first), count: uint64(count)}
-		g.filter = newFilter(g, len(f))
-		copy(g.filter, f)
+		g.place(f, list[k])
 		list[k] = append(list[k], g)
 		return nil
 	})
@@ -348,8 +416,9 @@ func (v *view) maybe(k kind, fp uint64) bool {
 			return true
 		}
 	}
+	p := newProbe(fp)
 	for _, g := range v.sealed[k] {
-		if g.has(fp) {
+		if g.has(p) {
 			return true
 		}
 	}
@@ -363,8 +432,9 @@ func (v *view) find(ctx context.Context, c *conn, k kind, fp uint64) ([]uint64, 
 		found = m.find(fp, found)
 	}
 	var err error
+	p := newProbe(fp)
 	for _, g := range slices.Backward(v.sealed[k]) {
-		if found, err = g.find(ctx, c, fp, found); err != nil {
+		if found, err = g.find(ctx, c, p, found); err != nil {
 			return nil, err
 		}
 	}
@@ -378,9 +448,11 @@ func (v *view) withTable(k kind, m *memTable) *view {
 	return &w
 }
 
-// withSealed returns the view with the oldest table replaced by g.
-func (v *view) withSealed(k kind, g *sealed) *view {
+// withSealed returns the view with the oldest table replaced by g, whose filter
+// is f.
+func (v *view) withSealed(k kind, g *sealed, f filter) *view {
 	w := *v
+	g.place(f, v.sealed[k])
 	w.tables[k] = slices.Clone(v.tables[k][1:])
 	w.sealed[k] = append(slices.Clip(v.sealed[k]), g)
 	return &w

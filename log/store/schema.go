@@ -75,5 +75,5 @@ var writerPragmas = []string{
 	"PRAGMA temp_store=MEMORY",
 }
 
-// readerPragmas set up a connection that reads; each may cache 1 MiB.
-var readerPragmas = []string{"PRAGMA query_only=ON", "PRAGMA cache_size=-1024"}
+// readerPragmas set up a connection that reads; each may cache 512 KiB.
+var readerPragmas = []string{"PRAGMA query_only=ON", "PRAGMA cache_size=-512"}

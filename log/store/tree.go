@@ -352,13 +352,13 @@ func (t *logTree) sealOldest(k kind) error {
 		if len(tables) == 0 || tables[0].end() > t.tip.Load().entries {
 			return nil
 		}
-		g, pieces := seal(k, tables[0])
+		g, f, pieces := seal(k, tables[0])
 		if err := t.acquire(context.Background()); err != nil {
 			return err
 		}
-		err := t.writer.transaction(func() error { return g.store(t.writer, pieces) })
+		err := t.writer.transaction(func() error { return g.store(t.writer, f, pieces) })
 		if err == nil {
-			t.view.Store(t.view.Load().withSealed(k, g))
+			t.view.Store(t.view.Load().withSealed(k, g, f))
 		} else if _, unknown := errors.AsType[*commitError](err); unknown && !isFull(err) {
 			err = t.latch(err)
 		}
