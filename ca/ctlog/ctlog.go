@@ -238,6 +238,11 @@ func (l *Log) post(ctx context.Context, body []byte) (answer, error) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	read, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil {
+		// A server that sees us hang up may still end its answer in order, and
+		// half of it would look whole.
+		err = ctx.Err()
+	}
 	switch {
 	case err != nil:
 		return answer{}, fmt.Errorf("%w: read answer: %w", ca.ErrUnavailable, err)
