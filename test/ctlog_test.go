@@ -19,8 +19,11 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"github.com/google/certificate-transparency-go/ctutil"
+	"github.com/google/certificate-transparency-go/x509util"
 
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+	"github.com/chancery-ca/chancery/log/ct/cttest"
 )
 
 // provider is an identity provider on https, as `chancery serve` wants it.
@@ -264,4 +267,43 @@ func TestLogAlone(t *testing.T) {
 	if r.code != 1 || !strings.Contains(lastError(r.stderr), "none.pem") || strings.Contains(r.stderr, "chancery init") {
 		t.Errorf("exit status %d\n%s", r.code, r.stderr)
 	}
+}
+
+// TestLogOfOthers: a Chancery whose CT log is ctfe.
+func TestLogOfOthers(t *testing.T) {
+	needSoftHSM(t)
+	idp, branch := startProvider(t), newSite(t)
+	block, _ := pem.Decode(branch.read("trust", "root.pem"))
+	root, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := cttest.New(t, []*x509.Certificate{root}, cttest.Options{})
+	der, err := x509.MarshalPKIXPublicKey(log.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"other-ct.pub":  {Type: "PUBLIC KEY", Bytes: der},
+		"other-tls.pem": {Type: "CERTIFICATE", Bytes: log.Server.Certificate().Raw},
+	} {
+		if err := os.WriteFile(branch.path(name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	branch.configure(t, idp, map[string]any{"url": log.URL(), "key": "other-ct.pub", "tls-roots": "other-tls.pem"})
+	must(t, branch.env, binary(t, "chancery"), "init", "--config", branch.config)
+	branch.serve()
+	leaf, issuers, _ := branch.certificate(t, idp, http.StatusOK)
+	scts, err := x509util.ParseSCTsFromCertificate(leaf.Raw)
+	if err != nil || len(scts) != 1 {
+		t.Fatalf("%d SCTs, %v", len(scts), err)
+	}
+	chain := ctChain(t, leaf.Raw, issuers)
+	if err := ctutil.VerifySCT(log.Key, chain[:2], scts[0], true); err != nil {
+		t.Errorf("SCT: %v", err)
+	}
+	log.Server.CloseClientConnections()
+	log.Server.Close()
+	branch.certificate(t, idp, http.StatusServiceUnavailable)
 }
