@@ -70,7 +70,7 @@ bench: deps ## measure the whole path and its parts; prints ratios within one ru
 	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./test ./log/... ./test/growth
 
 bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf costs
-	CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth
+	GOMEMLIMIT=80MiB CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth
 
 torture: deps ## kill the log, fail its calls and cut its power, at POINTS points
 	CHANCERY_TORTURE_POINTS=$(POINTS) $(GO) test -count=1 -timeout 4h -v ./test/torture
