@@ -74,7 +74,7 @@ bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf c
 
 torture: deps ## kill the log, fail its calls and cut its power, at POINTS points
 	CHANCERY_TORTURE_POINTS=$(POINTS) $(GO) test -count=1 -timeout 4h -v ./test/torture
-	CHANCERY_TORTURE_ROUNDS=$$(($(POINTS) / 20)) $(GO) test -count=1 -timeout 1h -run 'Kill|SyscallFaults' -v ./log/store
+	CHANCERY_TORTURE_ROUNDS=$$(($(POINTS) / 100)) $(GO) test -count=1 -timeout 1h -run 'Kill|SyscallFaults' -v ./log/store
 
 fuzz: deps ## run every fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
