@@ -38,6 +38,7 @@ import (
 //
 //	token    raw crypto11 signatures in this process: 1, 8, 16 sessions
 //	issue    POST /api/v2/signingCert: 1, 8, 32 clients
+//	issue-slow-token  the same with 5 ms more for each signature
 //	entries  POST /api/v2/log/entries: 1, 32, 128 clients
 //
 // Reported beside ns/op (the wall time of the run per operation): per-s,
@@ -61,6 +62,22 @@ func BenchmarkPath(b *testing.B) {
 				if raw > 0 {
 					b.ReportMetric(100*rate*3/raw, "token%")
 				}
+			})
+		}
+	})
+	// A token that takes 5 ms more for each signature, 16 at a time: what it
+	// can do is 16 signatures in 5 ms, and a certificate needs three.
+	b.Run("issue-slow-token", func(b *testing.B) {
+		const delay, sessions = 5 * time.Millisecond, 16
+		limit := sessions / delay.Seconds() / 3
+		shim.Delay(int(delay.Microseconds()))
+		defer shim.Delay(0)
+		body := signingRequest(b, freshKey(b), d.token(map[string]any{"exp": time.Now().Add(time.Hour).Unix()}), user)
+		request := func(int64) (string, []byte) { return "/api/v2/signingCert", body }
+		for _, clients := range []int{1, 32, 64} {
+			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+				rate := load{d, shim, clients, http.StatusOK, request}.run(b)
+				b.ReportMetric(100*rate/limit, "token%")
 			})
 		}
 	})
