@@ -45,6 +45,7 @@ func newDemo() *cobra.Command {
 }
 
 func runDemo(ctx context.Context, out io.Writer, opts demo.Options, once bool) (err error) {
+	widen()
 	p := &printer{w: out}
 	opts.Step = p.step
 	opts.Logger = opts.Logger.With(slog.String("part", "demo"))
