@@ -225,7 +225,7 @@ func checkKey(key hsm.Key, cert *x509.Certificate) error {
 }
 
 // checkChain verifies every signature of the chain, and what Fulcio asks of a
-// chain: CAs, and codeSigning in the intermediates (contract 1.8).
+// chain: CAs, and codeSigning in the intermediates (Fulcio, docs/certificate-specification.md).
 func checkChain(chain []*x509.Certificate) error {
 	for i, cert := range chain {
 		parent := chain[min(i+1, len(chain)-1)]

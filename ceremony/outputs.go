@@ -237,7 +237,7 @@ func escape(s string) string {
 	return strings.ReplaceAll(url.QueryEscape(s), "+", "%20")
 }
 
-// trustedRoot is the content of trusted_root.json (contract: a validity start
+// trustedRoot is the content of trusted_root.json (clients want a validity start
 // everywhere, the certificate authority's window is the intermediate's).
 func (f *facts) trustedRoot(root, inter, tsaRoot, tsa *x509.Certificate) (trust.Root, error) {
 	d := f.def

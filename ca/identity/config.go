@@ -13,7 +13,7 @@ import (
 )
 
 // Config is the part of a Fulcio configuration file that says which identity
-// providers are trusted and how their claims become identities (contract 6.3).
+// providers are trusted and how their claims become identities (Fulcio 1.8, pkg/config).
 // The YAML names are those of Fulcio's file, the JSON names those of its older
 // JSON form, so that such a file is read unchanged.
 type Config struct {

@@ -13,7 +13,7 @@ import (
 	"github.com/chancery-ca/chancery/ca/profile"
 )
 
-// kinds is the claim mapping (contract 1.6): one row for each issuer type. A
+// kinds is the claim mapping (Fulcio 1.8, pkg/identity): one row for each issuer type. A
 // new type is a new row.
 var kinds = map[string]kind{
 	"email": {
@@ -81,7 +81,7 @@ type value struct{ base, template string }
 func claim(name string) value      { return value{template: "{" + name + "}"} }
 func github(template string) value { return value{base: "https://github.com/", template: template} }
 
-// fields finds a field by its name in Fulcio's configuration (contract 1.7).
+// fields finds a field by its name in Fulcio's configuration (Fulcio, docs/oid-info.md).
 var fields = map[string]func(*certificate.Extensions) *string{
 	"github-workflow-trigger":                 func(e *certificate.Extensions) *string { return &e.GithubWorkflowTrigger },
 	"github-workflow-sha":                     func(e *certificate.Extensions) *string { return &e.GithubWorkflowSHA },

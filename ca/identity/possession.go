@@ -15,7 +15,7 @@ import (
 	"slices"
 )
 
-// Errors of a proof of possession, one for each row of contract 1.5. An
+// Errors of a proof of possession, one for each row of Fulcio's error table. An
 // algorithm that is not allowed gives an *AlgorithmError.
 var (
 	// ErrPublicKey: no public key, or one that cannot be read.
@@ -49,7 +49,7 @@ const (
 
 // ProveKey reads a public key, PEM or DER SubjectPublicKeyInfo, and checks that
 // proof is a signature by it over the UTF-8 octets of one of the challenges
-// (contract 1.4): ECDSA P-256, P-384 or P-521 with SHA-256, SHA-384 or
+// (Fulcio 1.8, pkg/challenges): ECDSA P-256, P-384 or P-521 with SHA-256, SHA-384 or
 // SHA-512, in ASN.1; RSA of 2048, 3072 or 4096 bits, PKCS #1 v1.5 with
 // SHA-256; pure Ed25519. Errors: ErrPublicKey, ErrWeakKey, ErrProof.
 func ProveKey(content string, proof []byte, challenges []string) (crypto.PublicKey, error) {

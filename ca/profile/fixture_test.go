@@ -135,7 +135,7 @@ func emailSpec(pub crypto.PublicKey) LeafSpec {
 	}
 }
 
-// workflowSpec fills in every extension of contract 1.7.
+// workflowSpec fills in every extension of docs/oid-info.md of Fulcio.
 func workflowSpec(pub crypto.PublicKey) LeafSpec {
 	const (
 		repo = "https://github.com/acme/widget"

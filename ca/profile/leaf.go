@@ -192,7 +192,7 @@ func (i *Issuer) template(spec LeafSpec) (*template, []byte, error) {
 }
 
 // extensions lists those that all forms share, in the order of crypto/x509
-// and then of contract 1.7.
+// and then of Fulcio, docs/oid-info.md.
 func (i *Issuer) extensions(spki, san []byte, more certificate.Extensions) ([]pkix.Extension, error) {
 	rendered, err := more.Render()
 	if err != nil {

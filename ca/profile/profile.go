@@ -80,7 +80,7 @@ type Kind string
 // spec.
 const (
 	// Root: self-signed, CA:TRUE, pathLen from the spec, certSign|cRLSign, no
-	// EKU (contract: Fulcio roots).
+	// EKU (as Fulcio's roots).
 	Root Kind = "root"
 	// Intermediate: CA:TRUE pathLen 0, certSign|cRLSign, EKU codeSigning not critical.
 	Intermediate Kind = "intermediate"

@@ -66,7 +66,7 @@ var (
 	endKinds  = []Kind{TSA, leaf}
 )
 
-// rules are the profile (contract 1.7, 1.8 and 3). They look at the parsed
+// rules are the profile (Fulcio, docs/certificate-specification.md and docs/oid-info.md; RFC 3161). They look at the parsed
 // certificate only. With the builder they share definitions (what a key
 // identifier is, which text is plain), not encoding.
 var rules = []rule{
@@ -248,7 +248,7 @@ func (c *candidate) known(id asn1.ObjectIdentifier) bool {
 	return id.Equal(oidSubjectAltName) || id.Equal(oidSCTList) || id.Equal(oidPoison) || fulcioExtension(id)
 }
 
-// lastFulcio is the highest extension of arc 57264.1 that contract 1.7 lists.
+// lastFulcio is the highest extension of arc 57264.1 that Fulcio 1.8 lists.
 const lastFulcio = 24
 
 // fulcioExtension: 1.1 to 1.24 but 1.7, which is the type of an otherName.

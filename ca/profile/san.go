@@ -15,7 +15,7 @@ import (
 // SANType is the kind of a leaf's one subject alternative name.
 type SANType string
 
-// The kinds of name that sigstore clients know (contract 1.6).
+// The kinds of name that sigstore clients know (Fulcio 1.8, pkg/identity).
 const (
 	// Email is an rfc822Name: ASCII, an addr-spec of RFC 5322 without quoting
 	// or comment; an internationalised domain is given as A-labels (RFC 5280,

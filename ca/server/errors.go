@@ -24,7 +24,7 @@ var (
 )
 
 // failure is what a client is told: an HTTP status, a gRPC code and a sentence
-// that it may rely on (contract 1.5).
+// that it may rely on (Fulcio 1.8, pkg/server/error.go).
 type failure struct {
 	status  int
 	code    codes.Code
@@ -37,7 +37,7 @@ type failure struct {
 // arrives.
 const statusClientClosed = 499
 
-// failures is contract 1.5 in the order in which errors are looked for.
+// failures is Fulcio's error table in the order in which errors are looked for.
 var failures = []struct {
 	err error
 	failure

@@ -1,5 +1,5 @@
 // Package server is the issuance API: Fulcio's v2 HTTP interface on an echo
-// instance that somebody else owns (contract 1.1 to 1.5).
+// instance that somebody else owns (fulcio.proto of Fulcio 1.8).
 //
 // Data flows one way: body, at most 4 MiB → request message → Principal
 // (ca/identity) → proved public key → Certificate (ca) → JSON. What goes
@@ -253,7 +253,7 @@ func provedKey(msg *fulcio.CreateSigningCertificateRequest, p *identity.Principa
 	return identity.ProveKey(req.GetPublicKey().GetContent(), req.GetProofOfPossession(), p.Challenges)
 }
 
-// The answer's form (contract 1.3).
+// The answer's form (fulcio.proto).
 type (
 	signingCertificate struct {
 		Embedded embedded `json:"signedCertificateEmbeddedSct"`

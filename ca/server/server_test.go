@@ -138,7 +138,7 @@ func csr(t testing.TB, key crypto.Signer, alg x509.SignatureAlgorithm) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
 }
 
-// body is the JSON of variant A (contract 1.2); an empty token leaves out
+// body is the JSON of variant A (fulcio.proto); an empty token leaves out
 // credentials.
 func body(t testing.TB, token, key string, proof []byte) string {
 	t.Helper()
@@ -198,7 +198,7 @@ func leafOf(t testing.TB, rec *httptest.ResponseRecorder) *x509.Certificate {
 	return cert
 }
 
-// TestRequestForms: every form in which a client may ask (contract 1.2).
+// TestRequestForms: every form in which a client may ask (fulcio.proto).
 func TestRequestForms(t *testing.T) {
 	h := build(t, nil)
 	token, key := h.token(t, nil), publicPEM(t, h.key.Public())
@@ -243,7 +243,7 @@ func TestRequestForms(t *testing.T) {
 	}
 }
 
-// TestGitHubWorkflow compares a whole certificate with contract 1.6 and 1.7.
+// TestGitHubWorkflow compares a whole certificate with the tables of Fulcio, docs/oid-info.md.
 func TestGitHubWorkflow(t *testing.T) {
 	h := build(t, nil)
 	raw, err := h.gh.Token(map[string]any{

@@ -67,7 +67,7 @@ func digest64() string {
 	return base64.StdEncoding.EncodeToString(digest[:])
 }
 
-// TestClients sends the request of every client of contract.md, section 3.
+// TestClients sends the request of every client that is known to ask.
 func TestClients(t *testing.T) {
 	f := newFixture(t, hsmtest.SoftwareKey(hsm.ECDSAP256))
 	h := serve(f.Authority, "")

@@ -10,8 +10,7 @@
 //     chain;
 //   - has a serial number of its own: 159 random bits;
 //   - is over SHA-256, SHA-384 or SHA-512, under a policy that is configured;
-//   - has exactly the profile that sigstore's clients read (contract,
-//     section 3): CMS version 3, one signer named by issuer and serial number,
+//   - has exactly the profile that sigstore's clients read: CMS version 3, one signer named by issuer and serial number,
 //     signingCertificateV2, the nonce if and only if one was sent, the
 //     certificate if and only if it was asked for.
 //

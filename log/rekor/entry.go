@@ -45,7 +45,7 @@ func invalid(format string, args ...any) error {
 
 // algorithm is one of the admitted kinds of signature. It is the default for
 // its key: verifiers derive it from the key when they rebuild the leaf, so no
-// other is accepted (contract of sigstore-go since 1.2).
+// other is accepted (sigstore-go since 1.2 rebuilds the leaf).
 type algorithm struct {
 	details v1.PublicKeyDetails
 	hash    crypto.Hash

@@ -104,7 +104,7 @@ type Log struct {
 }
 
 // New returns the log. It refuses an origin that clients would misread, and a
-// key that is not P-256 (contract of every Sigstore client).
+// key that is not P-256 (every Sigstore client reads P-256).
 func New(cfg Config) (*Log, error) {
 	logID, err := cfg.check()
 	if err != nil {
