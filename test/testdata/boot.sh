@@ -26,8 +26,13 @@ echo "CHECK start $?"
 echo "CHECK readyz $(curl -sS --cacert /srv/demo/tls-ca.pem https://127.0.0.1/readyz)"
 echo "CHECK user $(ps -o user= -C chancery)"
 echo "CHECK pin in environment $(grep -c "$(cat /srv/demo/pins/online)" /proc/$(pidof chancery)/environ)"
+before=$(pidof chancery)
 systemctl kill --signal=SIGKILL chancery
-sleep 3
+for _ in $(seq 120); do
+    now=$(pidof chancery)
+    [ -n "$now" ] && [ "$now" != "$before" ] && curl -sf --cacert /srv/demo/tls-ca.pem https://127.0.0.1/readyz >/dev/null && break
+    sleep 0.5
+done
 echo "CHECK after a kill $(curl -sS --cacert /srv/demo/tls-ca.pem https://127.0.0.1/readyz)"
 systemctl stop chancery
 echo "CHECK stop $(systemctl show chancery -p Result --value)"
