@@ -22,6 +22,7 @@ func (t *logTree) step(work []*pending) error {
 	}
 	b, err := t.attempt()
 	if err != nil {
+		t.setErr(err) // before anybody is told, so that readiness agrees with the answer
 		for _, p := range t.stored {
 			t.disappoint(p, err)
 		}
@@ -42,6 +43,7 @@ func (t *logTree) enqueue(work []*pending) error {
 	}
 	queued, err := t.offer(work)
 	if err != nil {
+		t.setErr(err)
 		for _, p := range work {
 			t.finish(p, Entry{}, false, err)
 		}

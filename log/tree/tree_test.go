@@ -496,6 +496,9 @@ func TestStorageFaults(t *testing.T) {
 			_, tr := openTree(t, s)
 			fill(t, tr, 0, 3)
 			failures := 3
+			if tc.visible {
+				failures = 1 << 30 // until the test has looked
+			}
 			s.set(func() {
 				tc.inject(s, func() error {
 					if failures--; failures < 0 {
@@ -512,6 +515,9 @@ func TestStorageFaults(t *testing.T) {
 				t.Fatalf("readiness says %v", tr.Err())
 			case !tc.visible && err != nil:
 				t.Fatal(err)
+			}
+			if tc.visible {
+				s.set(func() { failures = 0 })
 			}
 			if tc.kept {
 				for tr.Root().Size < 4 {
