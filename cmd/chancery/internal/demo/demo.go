@@ -272,9 +272,10 @@ func (d *Demo) Trust() client.Trust {
 	return client.Trust{TrustedRoot: d.at.trustedRoot(), SigningConfig: d.at.signingConfig(), TLSCA: d.at.tlsCA()}
 }
 
-// Dir is the demo's folder, absolute. URL and Issuer are its two addresses.
-func (d *Demo) Dir() string    { return string(d.at) }
-func (d *Demo) URL() string    { return d.url }
+// Dir is the demo's folder, absolute.
+func (d *Demo) Dir() string { return string(d.at) }
+
+// Issuer is the identity provider's URL, the iss of its tokens.
 func (d *Demo) Issuer() string { return d.saved.Issuer }
 
 // Token returns a fresh ID token of the demo's user.
