@@ -76,12 +76,21 @@ type TLS struct {
 	Key         string `yaml:"key"`
 }
 
-// Token says how a token is used. Zero numbers mean the defaults.
+// Token says how a token is used. Zero numbers mean the defaults. Whether it is
+// a PKCS#11 token or a TPM, and where it is, stands in keys.yaml.
 type Token struct {
-	// PIN is the user PIN.
+	// PIN is the user PIN, or of a TPM the auth value of its keys (at least
+	// MinAuth octets).
 	PIN Secret `yaml:"pin"`
+	// Keys is the folder of a TPM's key files, for one whose URI in keys.yaml
+	// names none ("tpm2:?device=PATH"); else "".
+	Keys string `yaml:"keys"`
+	// OwnerAuth and EndorsementAuth are the auth values of a TPM's owner and
+	// endorsement hierarchies, if they have one.
+	OwnerAuth       Secret `yaml:"owner-auth"`
+	EndorsementAuth Secret `yaml:"endorsement-auth"`
 	// Sessions is how many signatures the token makes at once, 2 to 1,024;
-	// default 16.
+	// default 16. A TPM makes one at a time whatever it says.
 	Sessions int `yaml:"sessions"`
 	// Queue is how many callers may wait for a session before the rest is
 	// refused, 1 to 100,000; default 1,024.
@@ -90,6 +99,25 @@ type Token struct {
 	// taken for dead; default 10 s.
 	Deadline time.Duration `yaml:"deadline"`
 }
+
+// MinAuth is the least length of a TPM's auth value in octets. The keys have no
+// dictionary-attack protection, so it must be too long to guess.
+const MinAuth = 16
+
+// Counter names an NV counter of a TPM to which a log's anchor is bound.
+type Counter struct {
+	// Token is a name of Config.Tokens, a TPM.
+	Token string `yaml:"token"`
+	// Index is the counter's NV index, MinIndex to MaxIndex.
+	Index uint32 `yaml:"index"`
+}
+
+// The NV indices that are the owner's to give (TCG Registry of Reserved TPM 2.0
+// Handles and Localities, Section 2.2.2).
+const (
+	MinIndex uint32 = 0x01800000
+	MaxIndex uint32 = 0x01bfffff
+)
 
 // CA configures the certificate authority.
 type CA struct {
@@ -109,6 +137,9 @@ type Log struct {
 	// Origin is the first line of its checkpoints. It can never change.
 	// Default: for CT HOST[:PORT]/ct/SHARD, for Rekor HOST.
 	Origin string `yaml:"origin"`
+	// Counter binds the log's anchor to a TPM; nil = to nothing. Each log has
+	// one of its own.
+	Counter *Counter `yaml:"counter"`
 }
 
 // CT is the Certificate Transparency log: a shard of this service, or a log
@@ -212,7 +243,12 @@ func (c *Config) resolve(dir string) {
 		}
 	}
 	for name, token := range c.Tokens {
-		token.PIN.resolve(dir)
+		for _, secret := range []*Secret{&token.PIN, &token.OwnerAuth, &token.EndorsementAuth} {
+			secret.resolve(dir)
+		}
+		if token.Keys != "" && !filepath.IsAbs(token.Keys) {
+			token.Keys = filepath.Join(dir, token.Keys)
+		}
 		c.Tokens[name] = token
 	}
 }
@@ -240,6 +276,9 @@ func (c *Config) finish() error {
 		return err
 	}
 	if err := c.CT.finish(host); err != nil {
+		return err
+	}
+	if err := c.checkCounters(); err != nil {
 		return err
 	}
 	switch c.Only {
@@ -300,6 +339,26 @@ func (c *Config) finishTokens() error {
 	return nil
 }
 
+// checkCounters refuses a counter of an unknown token, outside the owner's
+// indices, or of two logs.
+func (c *Config) checkCounters() error {
+	for name, counter := range map[string]*Counter{"ct": c.CT.Counter, "rekor": c.Rekor.Counter} {
+		if counter == nil {
+			continue
+		}
+		if _, ok := c.Tokens[counter.Token]; !ok {
+			return fmt.Errorf("%s.counter.token: %.80q is not one of tokens", name, counter.Token)
+		}
+		if counter.Index < MinIndex || counter.Index > MaxIndex {
+			return fmt.Errorf("%s.counter.index: %#x, want %#x to %#x", name, counter.Index, MinIndex, MaxIndex)
+		}
+	}
+	if c.CT.Counter != nil && c.Rekor.Counter != nil && *c.CT.Counter == *c.Rekor.Counter {
+		return errors.New("ct.counter and rekor.counter are one counter: each log needs its own")
+	}
+	return nil
+}
+
 func (c *CA) finish() error {
 	if c.Lifetime == 0 {
 		c.Lifetime = 10 * time.Minute
@@ -356,8 +415,8 @@ func (c *CT) finish(host string) error {
 	}
 	u, err := url.Parse(c.URL)
 	switch {
-	case c.Shard != "" || c.Origin != "" || len(c.Roots) > 0:
-		return errors.New("ct: url, key and tls-roots name a log elsewhere; shard, origin and roots are of a log here")
+	case c.Log != (Log{}) || len(c.Roots) > 0:
+		return errors.New("ct: url, key and tls-roots name a log elsewhere; shard, origin, counter and roots are of a log here")
 	case err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.User != nil:
 		return fmt.Errorf("ct.url: %.200q, want https://HOST[:PORT][/PATH]", c.URL)
 	case c.Key == "":

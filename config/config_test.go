@@ -20,6 +20,29 @@ func TestExampleIsComplete(t *testing.T) {
 	}
 }
 
+// What the example shows of a TPM is good too.
+func TestExampleOfTPM(t *testing.T) {
+	raw, err := os.ReadFile("example/chancery.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(raw)
+	for _, field := range []string{"keys: /", "owner-auth:", "endorsement-auth:", "counter:"} {
+		if !strings.Contains(text, "# "+field) {
+			t.Errorf("the example does not show %q", field)
+		}
+		text = strings.ReplaceAll(text, "# "+field, field)
+	}
+	c, err := Parse([]byte(text), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := c.Tokens["online"]
+	if token.Keys == "" || token.OwnerAuth.IsZero() || token.EndorsementAuth.IsZero() || c.CT.Counter == nil || c.Rekor.Counter == nil {
+		t.Errorf("the example was read as %+v", c)
+	}
+}
+
 const minimal = `version: 1
 url: https://sig.example:8443
 listen: 127.0.0.1:8443
@@ -113,6 +136,39 @@ func TestOnlyCT(t *testing.T) {
 	}
 }
 
+func TestTPM(t *testing.T) {
+	text := strings.Replace(minimal, `{pin: "file:pin"}`, `{pin: "file:auth", keys: tpm, owner-auth: "file:owner", endorsement-auth: "credential:e"}`, 1)
+	text = strings.Replace(text, "{shard: ct1}", "{shard: ct1, counter: {token: online, index: 0x01800010}}", 1)
+	text = strings.Replace(text, "{shard: log1}", "{shard: log1, counter: {token: online, index: 25165841}}", 1)
+	c, err := Parse([]byte(text), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := c.Tokens["online"]
+	for name, pair := range map[string][2]string{
+		"keys":             {token.Keys, "/etc/chancery/tpm"},
+		"owner auth":       {token.OwnerAuth.String(), "file:/etc/chancery/owner"},
+		"endorsement auth": {token.EndorsementAuth.String(), "credential:e"},
+	} {
+		if pair[0] != pair[1] {
+			t.Errorf("%s is %q, want %q", name, pair[0], pair[1])
+		}
+	}
+	if want := (Counter{"online", 0x01800010}); *c.CT.Counter != want {
+		t.Errorf("CT counter is %+v, want %+v", *c.CT.Counter, want)
+	}
+	if want := (Counter{"online", 0x01800011}); *c.Rekor.Counter != want {
+		t.Errorf("Rekor counter is %+v, want %+v", *c.Rekor.Counter, want)
+	}
+	plain, err := Parse([]byte(minimal), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !plain.Tokens["online"].OwnerAuth.IsZero() || plain.CT.Counter != nil || plain.Rekor.Counter != nil {
+		t.Errorf("a PKCS#11 token was read as %+v", plain.Tokens["online"])
+	}
+}
+
 func TestIPv6Origin(t *testing.T) {
 	c, err := Parse([]byte(strings.Replace(minimal, "sig.example:8443", "'[::1]:8443'", 1)), "/")
 	if err == nil {
@@ -176,6 +232,15 @@ func TestRefused(t *testing.T) {
 		{"negative rate", edit("{shard: log1}", "{shard: log1, rate: -1}"), "rate"},
 		{"rate that is no number", edit("{shard: log1}", "{shard: log1, rate: .nan}"), "rate"},
 		{"origin with a space", edit("{shard: log1}", `{shard: log1, origin: "a b"}`), "rekor.origin"},
+		{"counter of an unknown token", edit("{shard: log1}", "{shard: log1, counter: {token: tpm, index: 0x01800010}}"), "rekor.counter.token"},
+		{"counter without an index", edit("{shard: log1}", "{shard: log1, counter: {token: online}}"), "rekor.counter.index"},
+		{"counter at the vendor's index", edit("{shard: ct1}", "{shard: ct1, counter: {token: online, index: 0x01c00002}}"), "ct.counter.index"},
+		{"counter with a number that is too long", edit("{shard: ct1}", "{shard: ct1, counter: {token: online, index: 0x101800010}}"), "overflow"},
+		{"negative counter", edit("{shard: ct1}", "{shard: ct1, counter: {token: online, index: -1}}"), "overflow"},
+		{"counter of a CT log elsewhere", edit("{shard: ct1}", "{url: 'https://ct.example', key: ct.pub, counter: {token: online, index: 0x01800010}}"), "elsewhere"},
+		{"one counter for two logs", strings.Replace(edit("{shard: log1}", "{shard: log1, counter: {token: online, index: 0x01800010}}"),
+			"{shard: ct1}", "{shard: ct1, counter: {token: online, index: 0x01800010}}", 1), "one counter"},
+		{"owner auth instead of a reference", edit(`"file:pin"`, `"file:pin", owner-auth: s3cret`), "reference"},
 		{"policy", minimal + "tsa: {policy: 1.2.x}\n", "tsa.policy"},
 	}
 	for _, test := range tests {

@@ -50,8 +50,11 @@ func (s Secret) String() string { return s.kind + ":" + s.name }
 // FileSecret returns the reference file:path.
 func FileSecret(path string) Secret { return Secret{kind: "file", name: path} }
 
+// IsZero says whether there is no reference.
+func (s Secret) IsZero() bool { return s.kind == "" }
+
 func (s Secret) check() error {
-	if s.kind == "" {
+	if s.IsZero() {
 		return errors.New("missing: credential:NAME or file:PATH")
 	}
 	return nil
