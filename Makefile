@@ -76,9 +76,8 @@ torture: deps ## kill the log, fail its calls and cut its power, at POINTS point
 	CHANCERY_TORTURE_POINTS=$(POINTS) $(GO) test -count=1 -timeout 4h -v ./test/torture
 	CHANCERY_TORTURE_ROUNDS=$$(($(POINTS) / 100)) $(GO) test -count=1 -timeout 1h -run 'Kill|SyscallFaults' -v ./log/store
 
-fuzz: deps ## run every fuzz target for FUZZTIME
-	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
-	  echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1; done; done
+fuzz: deps ## run every fuzz target for FUZZTIME ("60s", or "3000x" inputs)
+	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz
 
 clean: ## remove what was built
 	rm -rf $(BIN)
