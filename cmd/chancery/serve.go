@@ -112,11 +112,15 @@ func startHint(err error) error {
 
 func newInit() *cobra.Command {
 	var path string
+	var add bool
 	cmd := &cobra.Command{
 		Use:   "init --config FILE",
 		Short: "Create the empty logs of a new service, once",
 		Long: "Create the empty logs and their anchors in the state folder. A log begins only\n" +
-			"here: serve refuses to run without one, so that a lost disk is noticed.",
+			"here: serve refuses to run without one, so that a lost disk is noticed. When one\n" +
+			"of the logs exists nothing is made.\n\n" +
+			"--add makes the logs that do not exist, for a new shard, and keeps the others as\n" +
+			"they are. A log of which the tree or the anchor is missing is never completed.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(path)
@@ -127,15 +131,43 @@ func newInit() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if add {
+				return addLogs(cmd, cfg, logger)
+			}
 			if err := service.Create(cmd.Context(), cfg, service.Options{Logger: logger}); err != nil {
-				return hint(err, "logs that exist are kept; if an init was interrupted and the service never ran, remove %s", cfg.State)
+				return initHint(err, cfg)
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "created   logs %s in %s\n", strings.Join(service.Logs(cfg), " and "), cfg.State)
 			return err
 		},
 	}
 	addConfigFlag(cmd, &path)
+	cmd.Flags().BoolVar(&add, "add", false, "make the logs that are missing, keep the others")
 	return cmd
+}
+
+// addLogs is init --add: one line for each log.
+func addLogs(cmd *cobra.Command, cfg *config.Config, logger *slog.Logger) error {
+	made, kept, err := service.Add(cmd.Context(), cfg, service.Options{Logger: logger})
+	p := &printer{w: cmd.OutOrStdout()}
+	for _, name := range kept {
+		p.printf("kept      %s\n", name)
+	}
+	for _, name := range made {
+		p.printf("created   %s in %s\n", name, cfg.State)
+	}
+	return errors.Join(initHint(err, cfg), p.err)
+}
+
+// initHint says what to do about logs that could not be made.
+func initHint(err error, cfg *config.Config) error {
+	switch {
+	case errors.Is(err, service.ErrHalfLog):
+		return hint(err, "restore what is missing (log/README.md); if an init was interrupted and the service never ran, remove %s", cfg.State)
+	case errors.Is(err, service.ErrLogExists):
+		return hint(err, "logs that exist are kept; for a further shard: chancery init --add")
+	}
+	return hint(err, "if the service is running, stop it first")
 }
 
 func newConfig() *cobra.Command {

@@ -24,7 +24,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -95,15 +94,6 @@ type openLog struct {
 	heads *head.Publisher
 }
 
-// treeNames lists the logs of this service: a CT log elsewhere is not ours.
-func treeNames(cfg *config.Config) []string {
-	var names []string
-	for _, place := range LogPlaces(cfg) {
-		names = append(names, place.Name)
-	}
-	return names
-}
-
 // treeName and anchorPath are the one place that says where a log lives.
 func treeName(kind string, l config.Log) string { return kind + "-" + l.Shard }
 
@@ -111,30 +101,6 @@ func logDir(cfg *config.Config) string { return filepath.Join(cfg.State, "log") 
 
 func anchorPath(cfg *config.Config, name string) string {
 	return filepath.Join(cfg.State, "anchor", name+".anchor")
-}
-
-// Create makes the logs and their anchors that the configuration names. It is
-// the only way in which a log begins; one that exists is an error.
-func Create(ctx context.Context, cfg *config.Config, opts Options) (err error) {
-	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor")} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("create state folder: %w", err)
-		}
-	}
-	engine, err := tree.Open(ctx, tree.Config{Dir: logDir(cfg), Now: newClock(opts.Logger).Now, Logger: opts.Logger})
-	if err != nil {
-		return fmt.Errorf("open logs: %w", err)
-	}
-	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
-	for _, name := range treeNames(cfg) {
-		if err := head.CreateAnchor(anchorPath(cfg, name)); err != nil {
-			return fmt.Errorf("create anchor of log %s: %w", name, err)
-		}
-		if err := engine.Create(ctx, name); err != nil {
-			return fmt.Errorf("create log %s: %w", name, err)
-		}
-	}
-	return err
 }
 
 // Open starts everything but the listener. On error nothing is left open.

@@ -1,0 +1,101 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/log/head"
+	"github.com/chancery-ca/chancery/log/tree"
+)
+
+// ErrLogExists: a log that was to be made is there already, whole or in part.
+var ErrLogExists = errors.New("log exists already")
+
+// ErrHalfLog: of a log the tree or the anchor is there and the other is not. It
+// is never completed: what is missing may have been lost.
+var ErrHalfLog = errors.New("half of the log is missing")
+
+// Create makes the logs and their anchors that the configuration names. It and
+// Add are the only ways in which a log begins. When any of the logs exists
+// nothing is made: ErrLogExists, ErrHalfLog.
+func Create(ctx context.Context, cfg *config.Config, opts Options) error {
+	_, _, err := create(ctx, cfg, opts, false)
+	return err
+}
+
+// Add makes those logs of the configuration that do not exist, and leaves the
+// others as they are. It returns the names of both, as LogPlaces has them. When
+// one exists in part nothing is made: ErrHalfLog.
+func Add(ctx context.Context, cfg *config.Config, opts Options) (made, kept []string, err error) {
+	return create(ctx, cfg, opts, true)
+}
+
+func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (made, kept []string, err error) {
+	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, nil, fmt.Errorf("create state folder: %w", err)
+		}
+	}
+	engine, err := tree.Open(ctx, tree.Config{Dir: logDir(cfg), Now: newClock(opts.Logger).Now, Logger: opts.Logger})
+	if err != nil {
+		return nil, nil, fmt.Errorf("open logs: %w", err)
+	}
+	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
+	var missing []LogPlace
+	for _, place := range LogPlaces(cfg) {
+		there, err := exists(ctx, engine, place)
+		switch {
+		case err != nil:
+			return nil, nil, fmt.Errorf("create log %s: %w", place.Name, err)
+		case there && !add:
+			return nil, nil, fmt.Errorf("create log %s: %w", place.Name, ErrLogExists)
+		case there:
+			kept = append(kept, place.Name)
+		default:
+			missing = append(missing, place)
+		}
+	}
+	for _, place := range missing {
+		if err := begin(ctx, engine, place); err != nil {
+			return made, kept, err
+		}
+		made = append(made, place.Name)
+	}
+	return made, kept, nil
+}
+
+// exists says whether the log is there, whole.
+func exists(ctx context.Context, engine *tree.Engine, place LogPlace) (bool, error) {
+	_, err := os.Lstat(place.Anchor)
+	anchored := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("look for its anchor: %w", err)
+	}
+	_, err = engine.Tree(ctx, place.Name)
+	if err != nil && !errors.Is(err, tree.ErrNotFound) {
+		return false, err
+	}
+	switch grown := err == nil; {
+	case anchored && !grown:
+		return false, fmt.Errorf("%w: the anchor %s is there, the tree is not", ErrHalfLog, place.Anchor)
+	case grown && !anchored:
+		return false, fmt.Errorf("%w: the tree is there, the anchor %s is not", ErrHalfLog, place.Anchor)
+	}
+	return anchored, nil
+}
+
+// begin makes a log of which nothing is there.
+func begin(ctx context.Context, engine *tree.Engine, place LogPlace) error {
+	if err := head.CreateAnchor(place.Anchor); err != nil {
+		return fmt.Errorf("create anchor of log %s: %w", place.Name, err)
+	}
+	if err := engine.Create(ctx, place.Name); err != nil {
+		return fmt.Errorf("create log %s: %w", place.Name, err)
+	}
+	return nil
+}
