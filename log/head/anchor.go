@@ -15,9 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Anchor keeps the last signed head, outside the database. An implementation
-// with a monotonic counter in hardware refuses in Load a Record whose Epoch is
-// not the counter's value. It is used by one goroutine at a time.
+// Anchor keeps the last signed head, outside the database. It is used by one
+// goroutine at a time.
 type Anchor interface {
 	// Load returns the record with the highest sequence number. ok is false
 	// when no head was ever stored. Errors: ErrAnchor.
@@ -33,9 +32,11 @@ type Anchor interface {
 type Record struct {
 	// Sequence counts records, from 1.
 	Sequence uint64
-	// Epoch is the value of a hardware counter when the record was made, 0
-	// where there is none.
+	// Epoch is the value of the log's hardware counter in which the record was
+	// made, 0 where there is none; see Counter.
 	Epoch uint64
+	// Start is how the epoch began, signed; zero where nobody signed it.
+	Start EpochStart
 	// SPKI is the SHA-256 of the head key's SubjectPublicKeyInfo.
 	SPKI [sha256.Size]byte
 	// Loss marks a record that AcceptLoss wrote: nobody signed its head,
@@ -50,7 +51,7 @@ type Record struct {
 // The file: two slots of 4 KiB, written in turn, integers big-endian.
 //
 //	offset   0  magic "CHANHEAD"
-//	         8  version, 2 octets: 1
+//	         8  version, 2 octets: 2 with the signed beginning of an epoch, 1 without
 //	        10  length of the signature, 2 octets
 //	        12  length of the note, 2 octets
 //	        14  kind, 2 octets: 0 a signed head, 1 an accepted loss
@@ -60,7 +61,10 @@ type Record struct {
 //	        64  tree size, 8 octets
 //	        72  root, 32 octets
 //	       104  time, 8 octets: milliseconds since 1970
-//	       112  signature, note, zeros; of an accepted loss, in place of the
+//	       112  in version 2: beginning of the epoch, its time, 8 octets, tree
+//	            size, 8 octets, root, 32 octets, length of the signature, 2
+//	            octets, signature
+//	            signature, note, zeros; of an accepted loss, in place of the
 //	            signature, SHA-256 of the record replaced
 //	      4064  SHA-256 of all octets before it
 //
@@ -71,10 +75,12 @@ const (
 	slotSize     = 4096
 	anchorMagic  = "CHANHEAD"
 	anchorFormat = 1
+	anchorSigned = 2 // with an EpochStart
 	kindLoss     = 1
 	slotBody     = 112
 	slotSum      = slotSize - sha256.Size
-	maxVariable  = slotSum - slotBody // octets of signature and note together
+	slotStart    = 50                 // octets of an EpochStart before its signature
+	maxVariable  = slotSum - slotBody // octets of EpochStart, signature and note together
 )
 
 var errSlot = errors.New("slot not valid")
@@ -88,13 +94,17 @@ func (r Record) marshal() ([]byte, error) {
 		}
 		signature, kind = r.Replaced[:], kindLoss
 	}
-	if len(signature)+len(r.Note) > maxVariable {
+	start, version := r.Start.marshal(), uint16(anchorFormat)
+	if len(start) > 0 {
+		version = anchorSigned
+	}
+	if len(start)+len(signature)+len(r.Note) > maxVariable {
 		return nil, fmt.Errorf("note of %d octets does not fit the anchor", len(r.Note))
 	}
 	b := make([]byte, slotBody, slotSize)
 	copy(b, anchorMagic)
 	be := binary.BigEndian
-	be.PutUint16(b[8:], anchorFormat)
+	be.PutUint16(b[8:], version)
 	be.PutUint16(b[10:], uint16(len(signature)))
 	be.PutUint16(b[12:], uint16(len(r.Note)))
 	be.PutUint16(b[14:], kind)
@@ -106,10 +116,36 @@ func (r Record) marshal() ([]byte, error) {
 	if r.Sequence > 0 {
 		be.PutUint64(b[104:], uint64(r.Time.UnixMilli()))
 	}
-	b = append(append(b, signature...), r.Note...)
+	b = append(append(append(b, start...), signature...), r.Note...)
 	b = b[:slotSum]
 	sum := sha256.Sum256(b)
 	return append(b, sum[:]...), nil
+}
+
+// marshal encodes a signed beginning, and none as nothing.
+func (s EpochStart) marshal() []byte {
+	if len(s.Signature) == 0 {
+		return nil
+	}
+	be := binary.BigEndian
+	b := be.AppendUint64(nil, uint64(s.Time.UnixMilli()))
+	b = be.AppendUint64(b, s.Size)
+	b = append(b, s.Root[:]...)
+	b = be.AppendUint16(b, uint16(len(s.Signature)))
+	return append(b, s.Signature...)
+}
+
+// parseEpochStart decodes the beginning of b and returns the rest.
+func parseEpochStart(b []byte) (EpochStart, []byte, error) {
+	var s EpochStart
+	be := binary.BigEndian
+	ms, n := be.Uint64(b), int(be.Uint16(b[slotStart-2:]))
+	if ms > 1<<53 || n == 0 || n > len(b)-slotStart {
+		return s, nil, errSlot
+	}
+	s.Head = Head{Size: be.Uint64(b[8:]), Root: tree.Hash(b[16:]), Time: time.UnixMilli(int64(ms)).UTC()}
+	s.Signature = bytes.Clone(b[slotStart : slotStart+n])
+	return s, b[slotStart+n:], nil
 }
 
 // parseSlot decodes the slot with the given number, 0 or 1. Exactly what
@@ -123,12 +159,20 @@ func parseSlot(number uint64, b []byte) (Record, error) {
 		return r, errSlot
 	}
 	be := binary.BigEndian
-	if v := be.Uint16(b[8:]); v != anchorFormat {
-		return r, fmt.Errorf("anchor version %d, this program knows %d: %w", v, anchorFormat, ErrAnchor)
+	version := be.Uint16(b[8:])
+	if version != anchorFormat && version != anchorSigned {
+		return r, fmt.Errorf("anchor version %d, this program knows %d and %d: %w", version, anchorFormat, anchorSigned, ErrAnchor)
 	}
 	sig, note := int(be.Uint16(b[10:])), int(be.Uint16(b[12:]))
 	ms := be.Uint64(b[104:])
-	if sig+note > maxVariable || ms > 1<<53 {
+	rest := b[slotBody:slotSum]
+	if version == anchorSigned {
+		var err error
+		if r.Start, rest, err = parseEpochStart(rest); err != nil {
+			return r, err
+		}
+	}
+	if sig+note > len(rest) || ms > 1<<53 || version == anchorSigned && be.Uint64(b[16:]) == 0 {
 		return r, errSlot
 	}
 	r.Sequence, r.Epoch = be.Uint64(b[16:]), be.Uint64(b[24:])
@@ -137,8 +181,8 @@ func parseSlot(number uint64, b []byte) (Record, error) {
 	if r.Sequence > 0 {
 		r.Time = time.UnixMilli(int64(ms)).UTC()
 	}
-	r.Signature = bytes.Clone(b[slotBody : slotBody+sig])
-	r.Note = bytes.Clone(b[slotBody+sig : slotBody+sig+note])
+	r.Signature = bytes.Clone(rest[:sig])
+	r.Note = bytes.Clone(rest[sig : sig+note])
 	if be.Uint16(b[14:]) == kindLoss {
 		if sig != sha256.Size || r.Sequence == 0 {
 			return r, errSlot
@@ -163,8 +207,12 @@ var _ Anchor = (*FileAnchor)(nil)
 // CreateAnchor makes an anchor that holds no head yet. An existing file is
 // refused (errors.Is fs.ErrExist). It is durable, with its name in the
 // directory, before it returns.
-func CreateAnchor(path string) error {
-	empty, err := Record{}.marshal()
+func CreateAnchor(path string) error { return CreateAnchorAt(path, 0) }
+
+// CreateAnchorAt makes an anchor as CreateAnchor does, for a log with a hardware
+// counter: epoch is the counter's value now.
+func CreateAnchorAt(path string, epoch uint64) error {
+	empty, err := Record{Epoch: epoch}.marshal()
 	if err != nil {
 		return fmt.Errorf("create anchor: %w", err)
 	}

@@ -169,7 +169,7 @@ func TestAnchorRefusals(t *testing.T) {
 		return b
 	}
 	newer := slot(2)
-	newer[9] = 2 // a version that we do not know, with a good checksum
+	newer[9] = 3 // a version that we do not know, with a good checksum
 	copy(newer[slotSum:], sum(newer[:slotSum]))
 	for _, tc := range []struct {
 		name string

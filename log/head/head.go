@@ -11,9 +11,11 @@
 // consistent with every earlier one, across crashes and restored databases:
 // at start the anchor is compared with the tree, and for a tree that is behind
 // or beside its anchor, or has none, the Publisher opens latched: it signs and
-// appends nothing until an operator has acted (see latch). It trusts the anchor file (an
-// attacker who can roll back both the database and the anchor can roll back
-// the log) and the key.
+// appends nothing until an operator has acted (see latch). It trusts the key
+// and, without a Counter, the anchor file: an attacker who can put back both
+// the database and the anchor can roll back the log. With a Counter in hardware
+// that is possible within one epoch only (see Counter), or with a record that
+// pretends to an operator's act, which the next start logs as an error.
 package head
 
 import (

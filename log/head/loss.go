@@ -131,6 +131,8 @@ type Loss struct {
 	// Size and Root are of the tree that is there.
 	Size uint64
 	Root tree.Hash
+	// Epoch is the value of the log's hardware counter now, 0 if it has none.
+	Epoch uint64
 	// Time is now; the record gets the anchored head's if that is later.
 	Time time.Time
 	// Report is called with the record that is replaced, and its octets, under
@@ -163,7 +165,7 @@ func acceptLoss(path string, l Loss) (Record, error) {
 	if err != nil {
 		return Record{}, err
 	}
-	next := Record{Sequence: 1, SPKI: spki, Loss: true}
+	next := Record{Sequence: 1, Epoch: l.Epoch, SPKI: spki, Loss: true}
 	next.Head = Head{Size: l.Size, Root: l.Root, Time: l.Time.UTC().Truncate(time.Millisecond)}
 	raw, err := os.ReadFile(filepath.Clean(path))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -219,7 +221,7 @@ func (a *FileAnchor) replace(next Record, l Loss) (Record, error) {
 		if err != nil {
 			return Record{}, err
 		}
-		next.Sequence, next.Epoch, next.Replaced = old.Sequence+1, old.Epoch, sha256.Sum256(slot)
+		next.Sequence, next.Replaced = old.Sequence+1, sha256.Sum256(slot)
 		if old.Time.After(next.Time) {
 			next.Time = old.Time
 		}
@@ -232,6 +234,62 @@ func (a *FileAnchor) replace(next Record, l Loss) (Record, error) {
 	}
 	if lost {
 		return next, a.rewrite(next)
+	}
+	return next, a.Store(next)
+}
+
+// EpochChange is what an operator accepts: that the anchor, as it is, belongs
+// to this value of the hardware counter.
+type EpochChange struct {
+	// Key and Format are as in Loss.
+	Key    *ecdsa.PublicKey
+	Format Format
+	// Epoch is the counter's value now, 0 to give the counter up.
+	Epoch uint64
+	// Report is as in Loss; raw is the whole file.
+	Report func(old, replacement Record, raw []byte) error
+}
+
+// AcceptEpoch binds an anchor to the present value of a hardware counter, or to
+// none: when a counter is taken into use or given up, or was replaced, or an
+// old anchor is all that is left. The anchored head stays as it is. The next
+// Publisher begins a new epoch, and logs the act as an error.
+//
+// It breaks the promise of the counter, knowingly: the operator vouches that
+// the anchor is the newest. The process that owns the anchor must have ended.
+// Errors: ErrAnchor (missing, damaged, in use), ErrMismatch.
+func AcceptEpoch(path string, c EpochChange) (Record, error) {
+	rec, err := acceptEpoch(path, c)
+	if err != nil {
+		return Record{}, fmt.Errorf("accept epoch: %w", err)
+	}
+	return rec, nil
+}
+
+func acceptEpoch(path string, c EpochChange) (Record, error) {
+	a, err := OpenAnchor(path)
+	if err != nil {
+		return Record{}, err
+	}
+	defer func() { _ = a.Close() }()
+	raw := make([]byte, 2*slotSize)
+	if _, err := a.f.ReadAt(raw, 0); err != nil {
+		return Record{}, fmt.Errorf("read anchor: %w: %w", err, ErrAnchor)
+	}
+	old, ok, err := a.Load()
+	if err != nil {
+		return Record{}, err
+	}
+	next := old
+	next.Epoch, next.Start = c.Epoch, EpochStart{}
+	if ok {
+		if err := old.Verify(c.Key, c.Format); err != nil {
+			return Record{}, err
+		}
+		next.Sequence++
+	}
+	if err := c.Report(old, next, raw); err != nil {
+		return Record{}, err
 	}
 	return next, a.Store(next)
 }

@@ -62,6 +62,12 @@ type Config struct {
 	MinInterval time.Duration
 	// MaxAge > 0 signs the tree anew when the last head is this old.
 	MaxAge time.Duration
+	// Counter binds the anchor to hardware that only counts up; nil = none. It
+	// is of this log alone.
+	Counter Counter
+	// EpochInterval is how long heads share a value of Counter, at least;
+	// DefaultEpochInterval if it is not positive.
+	EpochInterval time.Duration
 	// SignTimeout, MaxBackoff and MaxWaiters have defaults.
 	SignTimeout time.Duration
 	MaxBackoff  time.Duration
@@ -80,6 +86,9 @@ type Stats struct {
 	Failures uint64
 	// Waiters are callers in Await now.
 	Waiters int
+	// Epoch is that of the last anchor record, 0 without a Counter. Advances
+	// are the steps of the counter.
+	Epoch, Advances uint64
 }
 
 // Publisher signs and publishes the heads of one tree. It implements
@@ -103,12 +112,15 @@ type Publisher struct {
 	signatures atomic.Uint64
 	heads      atomic.Uint64
 	failures   atomic.Uint64
+	advances   atomic.Uint64
+	epochNow   atomic.Uint64 // last.Epoch
 
-	mu      sync.Mutex
-	closed  bool
-	err     error
-	since   time.Time // when err was first set
-	waiters map[*waiter]struct{}
+	mu         sync.Mutex
+	closed     bool
+	err        error
+	since      time.Time // when err was first set
+	counterErr error
+	waiters    map[*waiter]struct{}
 
 	// These belong to run (and to Open before it).
 	last    Record
@@ -117,6 +129,7 @@ type Publisher struct {
 	retry   time.Time      // when to try again after a failure
 	backoff time.Duration  // the next pause
 	token   chan signature // not nil: a signature was given up and is still under way
+	epoch   epochs
 }
 
 type waiter struct {
@@ -168,6 +181,7 @@ func prepare(cfg Config) (*Publisher, error) {
 		return nil, errors.New("tree, key, format and clock are needed")
 	}
 	cfg.SignTimeout = orDefault(cfg.SignTimeout, DefaultSignTimeout)
+	cfg.EpochInterval = orDefault(cfg.EpochInterval, DefaultEpochInterval)
 	cfg.MaxBackoff = orDefault(cfg.MaxBackoff, DefaultMaxBackoff)
 	cfg.MaxWaiters = orDefault(cfg.MaxWaiters, DefaultMaxWaiters)
 	if cfg.Logger == nil {
@@ -230,6 +244,10 @@ func (p *Publisher) start(ctx context.Context, root tree.Root) error {
 	case root.Hash != tree.EmptyRoot():
 		return fmt.Errorf("root of the empty tree: %w", ErrFork)
 	}
+	if err := p.takeEpoch(ctx, rec); err != nil {
+		return err
+	}
+	p.last = Record{Epoch: rec.Epoch}
 	return p.first(ctx, root)
 }
 
@@ -249,6 +267,9 @@ func (p *Publisher) accept(ctx context.Context, rec Record, root tree.Root) erro
 	if err := rec.Verify(p.pub, p.cfg.Format); err != nil {
 		return err
 	}
+	if err := p.takeEpoch(ctx, rec); err != nil {
+		return err
+	}
 	p.last = rec
 	if err := p.first(ctx, root); err != nil {
 		return err
@@ -265,6 +286,9 @@ func (p *Publisher) resume(ctx context.Context, rec Record, root tree.Root) erro
 	}
 	p.latest.Store(&rec.Signed)
 	if err := p.extends(ctx, rec.Head, root); err != nil {
+		return err
+	}
+	if err := p.takeEpoch(ctx, rec); err != nil {
 		return err
 	}
 	p.last = rec
@@ -310,6 +334,8 @@ func (p *Publisher) Stats() Stats {
 		Heads:      p.heads.Load(),
 		Failures:   p.failures.Load(),
 		Waiters:    waiting,
+		Epoch:      p.epochNow.Load(),
+		Advances:   p.advances.Load(),
 	}
 }
 
@@ -402,7 +428,13 @@ func (p *Publisher) run() {
 		changed := p.cfg.Tree.Changed()
 		root := p.cfg.Tree.Root()
 		closing := p.closing()
+		counterWait, counting := p.advanceCounter()
 		wait, ever := p.due(root, closing)
+		epochWait, turning := p.epochDue(closing)
+		if turning && epochWait <= 0 && !closing && (!ever || wait > 0 || p.epochLate()) {
+			p.beginEpoch()
+			continue
+		}
 		if ever && wait <= 0 {
 			ok := p.attempt(root)
 			if ok || !closing {
@@ -411,19 +443,31 @@ func (p *Publisher) run() {
 		}
 		if closing {
 			p.answer(^uint64(0), outcome{err: ErrClosed})
+			p.closeEpoch()
 			return
 		}
 		var expired <-chan time.Time
-		if ever {
+		wait, ever = sooner(wait, ever, epochWait, turning)
+		if wait, ever = sooner(wait, ever, counterWait, counting); ever {
 			timer.Reset(wait)
 			expired = timer.C
 		}
 		select {
+		case a := <-p.epoch.advance:
+			p.counterAnswered(a)
 		case <-p.kick:
 		case <-changed:
 		case <-expired:
 		}
 	}
+}
+
+// sooner returns the earlier of two times that may never come.
+func sooner(a time.Duration, aEver bool, b time.Duration, bEver bool) (time.Duration, bool) {
+	if !bEver || aEver && a <= b {
+		return a, aEver
+	}
+	return b, true
 }
 
 func (p *Publisher) closing() bool {
@@ -523,7 +567,7 @@ func (p *Publisher) sign(ctx context.Context, root tree.Root) (Record, error) {
 	if err != nil {
 		return Record{}, err
 	}
-	rec := Record{Sequence: p.last.Sequence + 1, Epoch: p.last.Epoch, SPKI: p.spki}
+	rec := Record{Sequence: p.last.Sequence + 1, Epoch: p.last.Epoch, Start: p.last.Start, SPKI: p.spki}
 	rec.Head = Head{Size: root.Size, Root: root.Hash, Time: at}
 	msg, err := p.cfg.Format.Message(rec.Head)
 	if err != nil {
