@@ -28,7 +28,8 @@ type Remote struct {
 	// client library.
 	Token SoftHSMToken
 
-	real   string // SoftHSM's library
+	real   string // SoftHSM's library, or the shim's
+	shim   *Shim  // nil if the server does not use it
 	socket string
 	cmd    *exec.Cmd
 }
@@ -38,12 +39,23 @@ type Remote struct {
 // is missing.
 func NewRemote(t testing.TB) *Remote {
 	t.Helper()
+	return newRemote(t, NewSoftHSM(t), nil)
+}
+
+// NewRemote is the function of that name, with the shim in the server. What
+// the shim counts of the server's sessions starts again when it is killed.
+func (s *Shim) NewRemote(t testing.TB) *Remote {
+	t.Helper()
+	return newRemote(t, s.NewToken(t), s)
+}
+
+func newRemote(t testing.TB, local SoftHSMToken, shim *Shim) *Remote {
+	t.Helper()
 	kit, err := exec.LookPath("p11-kit")
 	if err != nil {
 		Missing(t, "p11-kit is not installed (Debian: apt install p11-kit p11-kit-modules)")
 	}
-	local := NewSoftHSM(t)
-	r := &Remote{Token: local, real: local.Module, socket: filepath.Join(filepath.Dir(sharedHome(t).Dir()), "p11")}
+	r := &Remote{Token: local, real: local.Module, shim: shim, socket: filepath.Join(filepath.Dir(sharedHome(t).Dir()), "p11")}
 	r.Token.Module = ""
 	for _, path := range remoteModule {
 		if _, err := os.Stat(path); err == nil {
@@ -97,4 +109,7 @@ func (r *Remote) Kill(t testing.TB) {
 	_ = r.cmd.Wait() // killed
 	r.cmd = nil
 	_ = os.Remove(r.socket)
+	if r.shim != nil {
+		r.shim.forget()
+	}
 }
