@@ -139,7 +139,7 @@ func (r *run) signer(ctx context.Context, name string) (hsm.Key, error) {
 		keyName = r.def.Certificates[def.Issuer].Key
 	}
 	fact := r.facts.keys[keyName]
-	key, err := r.opts.Tokens[r.def.Keys[keyName].Token].Open(ctx, hsm.Ref{URI: fact.evidence.URI, SPKI: fact.spki})
+	key, err := r.opts.Tokens[r.def.Keys[keyName].Token].Open(ctx, hsm.Ref{URI: fact.evidence.URI, SPKI: fact.spki}, r.def.uses[keyName].role)
 	if err != nil {
 		return nil, fmt.Errorf("open key %s: %w", keyName, err)
 	}

@@ -64,7 +64,7 @@ func outputsComplete(t *testing.T, d *Definition, res *Result, opts Options) {
 		}
 	}
 	for role, k := range res.Keys.Keys {
-		if _, err := opts.Tokens[k.Token].Open(context.Background(), k.Ref()); err != nil {
+		if _, err := opts.Tokens[k.Token].Open(context.Background(), k.Ref(), role); err != nil {
 			t.Errorf("open the key of %s as keys.yaml names it: %v", role, err)
 		}
 	}

@@ -125,18 +125,21 @@ type Token interface {
 	// Info describes the token as it presents itself.
 	Info() TokenInfo
 	// Open finds the key that ref names: one object fits, its public key has
-	// ref.SPKI. Errors: ErrNotFound, ErrAmbiguous, ErrMismatch, ErrPolicy.
-	Open(ctx context.Context, ref Ref) (Key, error)
+	// ref.SPKI, its attributes satisfy role.Policy(). The calls of the Key go
+	// in role.Share(). Errors: ErrNotFound, ErrAmbiguous, ErrMismatch,
+	// ErrPolicy.
+	Open(ctx context.Context, ref Ref, role Role) (Key, error)
 	// Find opens the one key pair with the given id (CKA_ID) without knowing
-	// its public key; it is how an interrupted ceremony looks for what its
-	// intent record announced. Errors: ErrNotFound, ErrAmbiguous.
+	// its public key, for RoleNone; it is how an interrupted ceremony looks for
+	// what its intent record announced. Errors: ErrNotFound, ErrAmbiguous,
+	// ErrPolicy.
 	Find(ctx context.Context, id []byte) (Key, error)
 	// Generate makes a key pair in the token with every attribute explicit,
-	// reads it back, checks it against spec, and proves it by a signature.
-	// It refuses an id or label that exists (ErrExists).
+	// reads it back, checks it against spec, and proves it (SelfTest). The Key
+	// is open for RoleNone. It refuses an id or label that exists (ErrExists).
 	Generate(ctx context.Context, spec Spec) (Key, error)
-	// Evidence reads every attribute of key one by one and signs a
-	// self-test with it.
+	// Evidence reads every attribute of key one by one and signs the text of
+	// a Proof with it: one signature, so it is cheap on a slow token.
 	Evidence(ctx context.Context, key Key) (Evidence, error)
 	// Random returns n octets of the device's own randomness, 1 ≤ n ≤ 1024.
 	Random(ctx context.Context, n int) ([]byte, error)

@@ -103,7 +103,8 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
-// TestRolePolicy: only the roots may be backed up, and only by wrapping.
+// TestRolePolicy: only the roots may be backed up, and only by wrapping. A key
+// that is open for no role satisfies the floor.
 func TestRolePolicy(t *testing.T) {
 	with := func(changes ...string) map[string]string {
 		attributes := maps.Clone(madeHere)
@@ -115,7 +116,7 @@ func TestRolePolicy(t *testing.T) {
 	backup := with("EXTRACTABLE", "true", "NEVER_EXTRACTABLE", "false")
 	restored := with("LOCAL", "false", "ALWAYS_SENSITIVE", "false", "NEVER_EXTRACTABLE", "false")
 	plain := with("SENSITIVE", "false")
-	online := []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekorV1, hsm.RoleRekor, hsm.RoleTSA, hsm.RoleTUFOnline, "unknown", ""}
+	online := []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekorV1, hsm.RoleRekor, hsm.RoleTSA, hsm.RoleTUFOnline, "unknown"}
 	for _, role := range online {
 		for name, attributes := range map[string]map[string]string{"backup": backup, "restored": restored, "plain": plain} {
 			if err := role.Policy().Check(attributes); !errors.Is(err, hsm.ErrPolicy) {
@@ -123,7 +124,7 @@ func TestRolePolicy(t *testing.T) {
 			}
 		}
 	}
-	for _, role := range []hsm.Role{hsm.RoleRoot, hsm.RoleTSARoot} {
+	for _, role := range []hsm.Role{hsm.RoleRoot, hsm.RoleTSARoot, hsm.RoleNone} {
 		for name, attributes := range map[string]map[string]string{"backup": backup, "restored": restored} {
 			if err := role.Policy().Check(attributes); err != nil {
 				t.Errorf("role %q refuses a %s key: %v", role, name, err)
@@ -131,6 +132,20 @@ func TestRolePolicy(t *testing.T) {
 		}
 		if err := role.Policy().Check(plain); !errors.Is(err, hsm.ErrPolicy) {
 			t.Errorf("role %q accepts a plain key: %v", role, err)
+		}
+	}
+}
+
+func TestRoleShare(t *testing.T) {
+	want := map[hsm.Role]string{
+		hsm.RoleRekor: "heads", hsm.RoleRekorV1: "heads",
+		hsm.RoleIntermediate: "issuing", hsm.RoleCT: "issuing",
+		hsm.RoleTSA:  "timestamps",
+		hsm.RoleRoot: "rest", hsm.RoleTSARoot: "rest", hsm.RoleTUFOnline: "rest", hsm.RoleNone: "rest", "unknown": "rest",
+	}
+	for role, name := range want {
+		if got := role.Share(); got.String() != name || got >= hsm.Shares {
+			t.Errorf("role %q is in share %s, want %s", role, got, name)
 		}
 	}
 }

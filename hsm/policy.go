@@ -7,11 +7,15 @@ import (
 )
 
 // Role is what a key is for, by the name that ceremonies and keys.yaml use. A
-// role decides the Policy of its key.
+// role decides the Policy of its key and the Share of the token that its calls
+// get.
 type Role string
 
-// The roles of our keys. RoleRekor is the Rekor v2 log.
+// The roles of our keys. RoleRekor is the Rekor v2 log. RoleNone is for a look
+// at a key that is not (yet) in use: its policy is PolicyFloor, its share
+// ShareRest. No service signs with a key that was opened so.
 const (
+	RoleNone         Role = ""
 	RoleRoot         Role = "root"
 	RoleTSARoot      Role = "tsa-root"
 	RoleIntermediate Role = "intermediate"
@@ -23,14 +27,60 @@ const (
 )
 
 // Policy returns what the role allows. The two roots are kept offline and may
-// be backed up by wrapping and restored; every other key, and every key of an
-// unknown role, has the strictest policy.
+// be backed up by wrapping and restored; RoleNone asks for PolicyFloor alone;
+// every other key, and every key of an unknown role, has the strictest policy.
 func (r Role) Policy() Policy {
 	switch r {
 	case RoleRoot, RoleTSARoot:
 		return Policy{Extractable: true, Restored: true}
+	case RoleNone:
+		return PolicyFloor
 	}
 	return Policy{}
+}
+
+// Share is a part of a token's rate. Each token keeps one bounded line of
+// calls for each share and serves them in turn, so that a flood of one never
+// starves another; what a share does not use the others get.
+type Share uint8
+
+// The shares. ShareRest is everything that nobody waits for at a terminal of
+// another service: opening, reading, generating, roots.
+const (
+	ShareRest Share = iota
+	ShareHeads
+	ShareIssuing
+	ShareTimestamps
+	// Shares is how many there are.
+	Shares
+)
+
+// String gives the share's name: "heads", "issuing", "timestamps" or "rest".
+func (s Share) String() string {
+	switch s {
+	case ShareHeads:
+		return "heads"
+	case ShareIssuing:
+		return "issuing"
+	case ShareTimestamps:
+		return "timestamps"
+	}
+	return "rest"
+}
+
+// Share returns the share of the role's calls: tree heads of the Rekor logs;
+// certificates and SCTs; timestamps; and the rest, to which unknown roles
+// belong.
+func (r Role) Share() Share {
+	switch r {
+	case RoleRekor, RoleRekorV1:
+		return ShareHeads
+	case RoleIntermediate, RoleCT:
+		return ShareIssuing
+	case RoleTSA:
+		return ShareTimestamps
+	}
+	return ShareRest
 }
 
 // Policy says what the attributes of a private key may be. The zero Policy is

@@ -21,8 +21,9 @@ var importRules = map[string][]string{
 	"config": {"ca/identity"},
 
 	"hsm":            {},
-	"hsm/pkcs11":     {"hsm"},
-	"hsm/tpm":        {"hsm"},
+	"hsm/internal":   {"hsm"},
+	"hsm/pkcs11":     {"hsm", "hsm/internal/queue"},
+	"hsm/tpm":        {"hsm", "hsm/internal/queue"},
 	"hsm/softhsm":    {"hsm", "hsm/pkcs11"},
 	"hsm/hsmtest":    {"hsm", "hsm/pkcs11", "hsm/softhsm", "hsm/tpm"},
 	"ca":             {"hsm", "ca/profile", "ca/identity", "ca/policy", "ca/audit"},

@@ -134,7 +134,7 @@ func generateAndOpen(t *testing.T, d Device) {
 			"by both":     {URI: d.URI(label, id), SPKI: spki},
 		}
 		for name, ref := range refs {
-			key, err := token.Open(t.Context(), ref)
+			key, err := token.Open(t.Context(), ref, hsm.RoleCT)
 			if err != nil {
 				t.Errorf("open %s: %v", name, err)
 				continue
@@ -209,11 +209,11 @@ func openRefuses(t *testing.T, d Device) {
 		{"label of one key, id of another", hsm.Ref{URI: d.URI("other", id), SPKI: spki}, hsm.ErrNotFound},
 	}
 	for _, row := range rows {
-		_, err := token.Open(t.Context(), row.ref)
+		_, err := token.Open(t.Context(), row.ref, hsm.RoleNone)
 		d.wants(t, row.name, err, row.want)
 	}
 	for name, uri := range d.Malformed {
-		if _, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: spki}); err == nil {
+		if _, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: spki}, hsm.RoleNone); err == nil {
 			t.Errorf("%s: opened", name)
 		} else {
 			d.wants(t, name, err, err) // looks for the PIN
@@ -267,9 +267,9 @@ func ambiguous(t *testing.T, d Device) {
 	key := NewKey(t, token, "key", hsm.ECDSAP256)
 	spki := key.Ref().SPKI
 	d.Plant(t, token, Planted{Label: "key", ID: RandomID()})
-	_, err := token.Open(t.Context(), hsm.Ref{URI: d.URI("key", nil), SPKI: spki})
+	_, err := token.Open(t.Context(), hsm.Ref{URI: d.URI("key", nil), SPKI: spki}, hsm.RoleCT)
 	d.wants(t, "two pairs with one label, by label", err, hsm.ErrAmbiguous)
-	if opened, err := token.Open(t.Context(), key.Ref()); err != nil {
+	if opened, err := token.Open(t.Context(), key.Ref(), hsm.RoleCT); err != nil {
 		t.Errorf("two pairs with one label, by id: %v", err)
 	} else {
 		verifies(t, opened, crypto.SHA256)
@@ -281,7 +281,7 @@ func ambiguous(t *testing.T, d Device) {
 	}
 	d.Plant(t, token, Planted{Label: "twin", ID: mustID(t, token, found)})
 	for name, uri := range map[string]string{"label": d.URI("twin", nil), "id": d.URI("", mustID(t, token, found)), "label and id": found.Ref().URI} {
-		_, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: twin.Ref().SPKI})
+		_, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: twin.Ref().SPKI}, hsm.RoleCT)
 		d.wants(t, "two pairs with one label and id, by "+name, err, hsm.ErrAmbiguous)
 	}
 	_, err = token.Find(t.Context(), mustID(t, token, found))
@@ -480,7 +480,7 @@ func closes(t *testing.T, d Device) {
 	d.wants(t, "health after Close", token.Err(), hsm.ErrLost)
 	_, err = key.Sign(nil, make([]byte, 32), crypto.SHA256)
 	d.wants(t, "sign after Close", err, hsm.ErrLost)
-	_, err = token.Open(t.Context(), key.Ref())
+	_, err = token.Open(t.Context(), key.Ref(), hsm.RoleCT)
 	d.wants(t, "open after Close", err, hsm.ErrLost)
 	_, err = token.Random(t.Context(), 8)
 	d.wants(t, "random after Close", err, hsm.ErrLost)
@@ -488,7 +488,7 @@ func closes(t *testing.T, d Device) {
 	d.wants(t, "evidence after Close", err, hsm.ErrLost)
 
 	again := d.open(t)
-	opened, err := again.Open(t.Context(), key.Ref())
+	opened, err := again.Open(t.Context(), key.Ref(), hsm.RoleCT)
 	if err != nil {
 		t.Fatalf("open the key in the reopened token: %v", err)
 	}

@@ -27,10 +27,10 @@ func TestSoftHSM(t *testing.T) {
 	if !ecdsa.VerifyASN1(key.Public().(*ecdsa.PublicKey), digest[:], sig) {
 		t.Fatal("signature does not verify")
 	}
-	if _, err := first.Open(t.Context(), key.Ref()); err != nil {
+	if _, err := first.Open(t.Context(), key.Ref(), hsm.RoleNone); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := second.Open(t.Context(), key.Ref()); err == nil {
+	if _, err := second.Open(t.Context(), key.Ref(), hsm.RoleNone); err == nil {
 		t.Fatal("the second token opened the first one's key")
 	}
 }

@@ -152,3 +152,9 @@ func classify(err error) error {
 	}
 	return e
 }
+
+// temporary says whether err is worth one more try after a recovery.
+func temporary(err error) bool {
+	var code *codeError
+	return errors.As(err, &code) && errors.Is(err, hsm.ErrLost)
+}

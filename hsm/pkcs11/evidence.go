@@ -30,7 +30,7 @@ func (t *Token) Evidence(ctx context.Context, k hsm.Key) (hsm.Evidence, error) {
 func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 	var token hsm.TokenInfo
 	var attributes map[string]string
-	err := t.do(ctx, true, func(c *connection) error {
+	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		p, err := k.on(c)
 		if err != nil {
 			return err
@@ -53,15 +53,15 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 		return hsm.Evidence{}, err
 	}
 	now := time.Now()
-	test, err := selfTest(ctx, k, now)
+	proof, err := hsm.Prove(ctx, k, now)
 	if err != nil {
-		return hsm.Evidence{}, fmt.Errorf("self-test: %w", err)
+		return hsm.Evidence{}, err
 	}
 	return hsm.Evidence{
 		Time: now.UTC(), Token: token, URI: k.ref.URI,
 		SPKI: hex.EncodeToString(k.ref.SPKI[:]), PublicKey: der, Algorithm: algorithm,
 		Mechanism:  mechanism(attributes["KEY_GEN_MECHANISM"]),
-		Attributes: attributes, SelfTestText: test.text, SelfTest: test.sig,
+		Attributes: attributes, SelfTestText: proof.Text, SelfTest: proof.Signature,
 		Level: hsm.LevelOf(token, attributes),
 	}, nil
 }

@@ -16,6 +16,7 @@ import (
 type key struct {
 	token *Token
 	ref   hsm.Ref
+	role  hsm.Role
 	pub   *ecdsa.PublicKey
 	id    []byte
 	label string
@@ -67,7 +68,7 @@ func (k *key) sign(ctx context.Context, digest []byte) ([]byte, error) {
 	n := copy(buf[:], digest)
 	n = min(n, (k.pub.Curve.Params().BitSize+7)/8)
 	var sig []byte
-	err := k.token.do(ctx, true, func(c *connection) (err error) {
+	err := k.token.do(ctx, k.role.Share(), true, func(c *connection) (err error) {
 		p, err := k.on(c)
 		if err != nil {
 			return err
@@ -82,13 +83,14 @@ func (k *key) sign(ctx context.Context, digest []byte) ([]byte, error) {
 }
 
 // on returns where the key is on connection c. If it has not been found on c
-// yet it is looked for, by its id and label, and must have its public key.
+// yet it is looked for, by its id and label, and must have its public key and
+// satisfy its role.
 func (k *key) on(c *connection) (*pair, error) {
 	p := k.pair.Load()
 	if p.conn == c {
 		return p, nil
 	}
-	p, err := c.resolve(k.token.uri.key(k.label, k.id), &k.ref.SPKI)
+	p, err := c.resolve(k.token.uri.key(k.label, k.id), &k.ref.SPKI, k.role)
 	if err != nil {
 		return nil, err
 	}

@@ -80,7 +80,7 @@ func (m *module) exclusive(ctx context.Context, f func() error, late func()) err
 	go func() {
 		defer func() { <-m.lock }()
 		err := f()
-		if !state.CompareAndSwap(running0, running) && err == nil {
+		if !state.CompareAndSwap(waited, ended) && err == nil {
 			late()
 		}
 		done <- err
@@ -89,15 +89,20 @@ func (m *module) exclusive(ctx context.Context, f func() error, late func()) err
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		if state.CompareAndSwap(running0, abandoned) {
+		if state.CompareAndSwap(waited, abandoned) {
 			return fmt.Errorf("module gave no answer: %w (%w)", hsm.ErrLost, context.Cause(ctx))
 		}
 		return <-done // it has just finished
 	}
 }
 
-// running0 is the state of an exclusive function that nobody has ended.
-const running0 = queued
+// The states of an exclusive function: its caller waits, it has ended, or its
+// caller has left. Whoever moves it out of waited decides.
+const (
+	waited int32 = iota
+	ended
+	abandoned
+)
 
 // initialised runs f with the library initialised, for as long as f takes if
 // no connection keeps it so. The caller holds lock.

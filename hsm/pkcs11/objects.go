@@ -92,8 +92,8 @@ func (c *connection) read(s pkcs11.SessionHandle, object pkcs11.ObjectHandle, at
 }
 
 // resolve finds the one pair that u names. With spki the public key must hash
-// to it (ErrMismatch). The pair satisfies hsm.PolicyFloor.
-func (c *connection) resolve(u uri, spki *[32]byte) (*pair, error) {
+// to it (ErrMismatch). The pair satisfies the role's policy.
+func (c *connection) resolve(u uri, spki *[32]byte, role hsm.Role) (*pair, error) {
 	var p *pair
 	err := c.withAdmin(func(s pkcs11.SessionHandle) (err error) {
 		p, err = c.locatePair(s, u)
@@ -107,7 +107,7 @@ func (c *connection) resolve(u uri, spki *[32]byte) (*pair, error) {
 		if err != nil {
 			return err
 		}
-		return hsm.PolicyFloor.Check(attributes)
+		return role.Policy().Check(attributes)
 	})
 	if err != nil {
 		return nil, err

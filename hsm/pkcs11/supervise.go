@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/internal/queue"
 )
 
 // errRecovering is what a token answers while its module is being reopened.
@@ -44,7 +45,7 @@ func (r *recovery) why() error {
 	case r.fatal != nil:
 		return r.fatal
 	case !r.until.IsZero() && time.Now().After(r.until):
-		return errWedged
+		return queue.ErrWedged
 	}
 	return errRecovering
 }

@@ -10,8 +10,9 @@
 //   - A key is what its Ref says: miekg/pkcs11 counts the private and the
 //     public objects that fit and reads their attributes; crypto11's own
 //     pairing is compared with that and never believed.
-//   - Every wait ends. Calls go through a bounded queue to as many workers as
-//     there are sessions; a caller leaves when its context ends; a C call that
+//   - Every wait ends, and no role starves another. Calls go through a bounded
+//     line for each hsm.Share to as many workers as there are sessions
+//     (hsm/internal/queue); a caller leaves when its context ends; a C call that
 //     outlives the deadline wedges the token, which then answers ErrLost until
 //     the process is replaced.
 //   - Lost sessions and devices come back by themselves. The unit of recovery
@@ -39,6 +40,7 @@ import (
 	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/internal/queue"
 	"github.com/miekg/pkcs11"
 )
 
@@ -55,7 +57,8 @@ type Config struct {
 	// token's own limit lowers it. Two more sessions are kept for the login
 	// and for reading objects.
 	MaxSessions int
-	// MaxQueue is how many calls may wait; 0 means 256. Beyond it is ErrBusy.
+	// MaxQueue is how many calls of each hsm.Share may wait; 0 means 256.
+	// Beyond it is ErrBusy.
 	MaxQueue int
 	// Deadline is how long one C call may take before the token is given up as
 	// wedged, and how long Open, Close and one recovery may take; 0 means 30 s.
@@ -99,7 +102,7 @@ type Token struct {
 	pin    string
 	uri    uri
 	log    *slog.Logger
-	queue  *queue
+	queue  *queue.Queue
 
 	// gate is held for reading during each call's visit to the token, and for
 	// writing while conn is replaced, under module.lock.
@@ -152,8 +155,11 @@ func (m *module) attach(t *Token) error {
 	}
 	t.info = conn.info
 	t.conn = conn
-	t.queue = newQueue(conn.sessions, t.cfg.MaxQueue, t.cfg.Deadline, func() {
-		t.log.Error("token wedged: a call outlived its deadline", "deadline", t.cfg.Deadline)
+	t.queue = queue.New(queue.Config{
+		Workers: conn.sessions, Length: t.cfg.MaxQueue, Deadline: t.cfg.Deadline,
+		OnWedge: func() {
+			t.log.Error("token wedged: a call outlived its deadline", "deadline", t.cfg.Deadline)
+		},
 	})
 	m.tokens[t] = struct{}{}
 	return nil
@@ -162,7 +168,7 @@ func (m *module) attach(t *Token) error {
 // detach ends t's connection once no call of t runs; other tokens go on. The
 // caller holds lock. It blocks as long as a C call does.
 func (m *module) detach(t *Token) {
-	t.queue.close()
+	t.queue.Close()
 	t.gate.Lock()
 	defer t.gate.Unlock()
 	m.disconnect(t)
@@ -182,11 +188,8 @@ func (t *Token) Info() hsm.TokenInfo {
 // Err implements hsm.Token. While the connection is being replaced it is
 // ErrBusy.
 func (t *Token) Err() error {
-	switch {
-	case t.queue.stopped.Load():
-		return errClosed
-	case t.queue.isWedged():
-		return errWedged
+	if err := t.queue.Err(); err != nil {
+		return err
 	}
 	return t.module.recovery.err()
 }
@@ -195,9 +198,9 @@ func (t *Token) Err() error {
 // than the deadline. While a call hangs it returns ErrLost and releases
 // nothing; it may be called again, and the end of the process does the rest.
 func (t *Token) Close() error {
-	t.queue.close()
-	if t.queue.isWedged() && t.queue.oldest(time.Now()) > 0 {
-		return fmt.Errorf("close %s: %w", t.uri, errWedged)
+	t.queue.Close()
+	if err := t.queue.Err(); errors.Is(err, hsm.ErrWedged) && t.queue.Oldest(time.Now()) > 0 {
+		return fmt.Errorf("close %s: %w", t.uri, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), t.cfg.Deadline)
 	defer cancel()
@@ -208,23 +211,23 @@ func (t *Token) Close() error {
 	return nil
 }
 
-// do runs f on a worker with the living connection. If the connection turns
+// do runs f on a worker with the living connection, in its share's turn. If the connection turns
 // out to be lost, recovery begins, and if again is set do waits for it a short
 // while and runs f once more on the new connection.
-func (t *Token) do(ctx context.Context, again bool, f func(*connection) error) error {
-	err := t.once(ctx, f)
+func (t *Token) do(ctx context.Context, share hsm.Share, again bool, f func(*connection) error) error {
+	err := t.once(ctx, share, f)
 	if !again || !temporary(err) || ctx.Err() != nil {
 		return err
 	}
 	if !t.module.recovered(ctx) {
 		return err
 	}
-	return t.once(ctx, f)
+	return t.once(ctx, share, f)
 }
 
 // once is one run of f on a worker.
-func (t *Token) once(ctx context.Context, f func(*connection) error) error {
-	return t.queue.do(ctx, func() error {
+func (t *Token) once(ctx context.Context, share hsm.Share, f func(*connection) error) error {
+	return t.queue.Do(ctx, share, func() error {
 		if !t.gate.TryRLock() {
 			return t.module.recovery.why()
 		}
@@ -247,7 +250,7 @@ func (t *Token) Random(ctx context.Context, n int) ([]byte, error) {
 		return nil, fmt.Errorf("random: %d octets, want 1 to 1024: %w", n, hsm.ErrUnsupported)
 	}
 	var out []byte
-	err := t.do(ctx, true, func(c *connection) error {
+	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		return c.withAdmin(func(s pkcs11.SessionHandle) (err error) {
 			out, err = c.raw.GenerateRandom(s, n)
 			return err
@@ -265,7 +268,7 @@ func (t *Token) Random(ctx context.Context, n int) ([]byte, error) {
 // Keys counts the private key objects of any type on the token.
 func (t *Token) Keys(ctx context.Context) (int, error) {
 	var n int
-	err := t.do(ctx, true, func(c *connection) error {
+	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		return c.withAdmin(func(s pkcs11.SessionHandle) error {
 			objects, err := c.find(s, pkcs11.CKO_PRIVATE_KEY, "", nil)
 			n = len(objects)
@@ -278,8 +281,9 @@ func (t *Token) Keys(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// Open finds the key that ref names. See hsm.Token.
-func (t *Token) Open(ctx context.Context, ref hsm.Ref) (hsm.Key, error) {
+// Open finds the key that ref names and holds its attributes against the
+// role's policy. See hsm.Token.
+func (t *Token) Open(ctx context.Context, ref hsm.Ref, role hsm.Role) (hsm.Key, error) {
 	u, err := parseKeyURI(ref.URI)
 	if err != nil {
 		return nil, fmt.Errorf("open key: %w", err)
@@ -287,11 +291,11 @@ func (t *Token) Open(ctx context.Context, ref hsm.Ref) (hsm.Key, error) {
 	if !u.names(t.Info()) {
 		return nil, fmt.Errorf("open key %s: names another token than %s: %w", ref, t.uri, hsm.ErrNotFound)
 	}
-	pair, err := t.resolve(ctx, u, &ref.SPKI)
+	pair, err := t.resolve(ctx, u, &ref.SPKI, role)
 	if err != nil {
 		return nil, fmt.Errorf("open key %s: %w", ref, err)
 	}
-	return t.adopt(ref, pair), nil
+	return t.adopt(ref, role, pair), nil
 }
 
 // Find opens the key pair with this CKA_ID. See hsm.Token.
@@ -299,34 +303,34 @@ func (t *Token) Find(ctx context.Context, id []byte) (hsm.Key, error) {
 	if len(id) == 0 {
 		return nil, fmt.Errorf("find key: empty id: %w", hsm.ErrNotFound)
 	}
-	pair, err := t.resolve(ctx, t.uri.key("", id), nil)
+	pair, err := t.resolve(ctx, t.uri.key("", id), nil, hsm.RoleNone)
 	if err != nil {
 		return nil, fmt.Errorf("find key with id %x in %s: %w", id, t.uri, err)
 	}
-	return t.adopt(pair.ref(t.uri), pair), nil
+	return t.adopt(pair.ref(t.uri), hsm.RoleNone, pair), nil
 }
 
 // resolve looks for a pair on the living connection.
-func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte) (*pair, error) {
+func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte, role hsm.Role) (*pair, error) {
 	var found *pair
-	err := t.do(ctx, true, func(c *connection) (err error) {
-		found, err = c.resolve(u, spki)
+	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) (err error) {
+		found, err = c.resolve(u, spki, role)
 		return err
 	})
 	return found, err
 }
 
 // adopt makes a Key of a resolved pair and remembers it for recovery. The same
-// Ref gives the same Key.
-func (t *Token) adopt(ref hsm.Ref, p *pair) hsm.Key {
+// Ref and role give the same Key.
+func (t *Token) adopt(ref hsm.Ref, role hsm.Role, p *pair) hsm.Key {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, k := range t.keys {
-		if k.ref == ref {
+		if k.ref == ref && k.role == role {
 			return k
 		}
 	}
-	k := &key{token: t, ref: ref, pub: p.pub, id: p.id, label: p.label}
+	k := &key{token: t, ref: ref, role: role, pub: p.pub, id: p.id, label: p.label}
 	k.pair.Store(p)
 	t.keys = append(t.keys, k)
 	return k

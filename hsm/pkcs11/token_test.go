@@ -503,7 +503,7 @@ func TestQueue(t *testing.T) {
 	for range 8 {
 		err := <-results
 		wants(t, f.token, "full", err, hsm.ErrBusy)
-		if !strings.Contains(err.Error(), "queue of 2 is full") {
+		if !strings.Contains(err.Error(), "queue of 2 for rest is full") {
 			t.Errorf("full: %v", err)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/config"
@@ -57,18 +58,17 @@ func (s *Service) openKeys(ctx context.Context) error {
 	return nil
 }
 
-// openKey opens a key and holds what the token says of it against the policy
-// of its role.
+// openKey opens a key for its role, by which the token holds its attributes
+// against the policy, and sees it sign once.
 func openKey(ctx context.Context, token hsm.Token, role hsm.Role, ref hsm.Ref) (hsm.Key, error) {
-	key, err := token.Open(ctx, ref)
+	key, err := token.Open(ctx, ref, role)
 	if err != nil {
 		return nil, err
 	}
-	evidence, err := token.Evidence(ctx, key)
-	if err != nil {
-		return nil, fmt.Errorf("read its attributes: %w", err)
+	if _, err := hsm.Prove(ctx, key, time.Now()); err != nil {
+		return nil, err
 	}
-	return key, role.Policy().Check(evidence.Attributes)
+	return key, nil
 }
 
 func (s *Service) openToken(ctx context.Context, name string, where trust.Token) (hsm.Token, error) {
