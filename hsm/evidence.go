@@ -54,4 +54,8 @@ type Evidence struct {
 	SelfTestText string `json:"selfTestText"`
 	SelfTest     []byte `json:"selfTest"`
 	Level        Level  `json:"level"`
+	// Restored says that the token does not claim to have made the key (LOCAL
+	// is not true): it was unwrapped into it, or the module knows no better. A
+	// restored key in a software token has LevelSoftware and Restored.
+	Restored bool `json:"restored,omitempty"`
 }
