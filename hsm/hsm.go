@@ -208,7 +208,8 @@ type Spec struct {
 	ID []byte
 	// Algorithm is the key type.
 	Algorithm Algorithm
-	// Extractable allows wrapping for backup; SENSITIVE is set regardless.
-	// Only a role whose policy says so may have it.
+	// Extractable allows wrapping for backup, under a wrapping key alone that
+	// the token's security officer made trusted (see Backup); SENSITIVE is set
+	// regardless. Only a role whose policy says so may have it.
 	Extractable bool
 }

@@ -113,9 +113,10 @@ func TestRolePolicy(t *testing.T) {
 		}
 		return attributes
 	}
-	backup := with("EXTRACTABLE", "true", "NEVER_EXTRACTABLE", "false")
+	backup := with("EXTRACTABLE", "true", "NEVER_EXTRACTABLE", "false", "WRAP_WITH_TRUSTED", "true")
 	restored := with("LOCAL", "false", "ALWAYS_SENSITIVE", "false", "NEVER_EXTRACTABLE", "false")
 	plain := with("SENSITIVE", "false")
+	loose := with("EXTRACTABLE", "true", "NEVER_EXTRACTABLE", "false", "WRAP_WITH_TRUSTED", "false")
 	online := []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekorV1, hsm.RoleRekor, hsm.RoleTSA, hsm.RoleTUFOnline, "unknown"}
 	for _, role := range online {
 		for name, attributes := range map[string]map[string]string{"backup": backup, "restored": restored, "plain": plain} {
@@ -130,8 +131,10 @@ func TestRolePolicy(t *testing.T) {
 				t.Errorf("role %q refuses a %s key: %v", role, name, err)
 			}
 		}
-		if err := role.Policy().Check(plain); !errors.Is(err, hsm.ErrPolicy) {
-			t.Errorf("role %q accepts a plain key: %v", role, err)
+		for name, attributes := range map[string]map[string]string{"plain": plain, "loose": loose} {
+			if err := role.Policy().Check(attributes); !errors.Is(err, hsm.ErrPolicy) {
+				t.Errorf("role %q accepts a %s key: %v", role, name, err)
+			}
 		}
 	}
 }

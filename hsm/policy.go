@@ -97,9 +97,10 @@ type Policy struct {
 // private, permanent, unchangeable, and good for signing alone.
 var PolicyFloor = Policy{Extractable: true, Restored: true}
 
-// requirements returns the attributes that the policy demands, by the names of
-// Evidence.Attributes.
-func (p Policy) requirements() map[string]string {
+// requirements returns what the policy demands of a key with these attributes,
+// by the names of Evidence.Attributes. A key that may leave the token may leave
+// it under a trusted wrapping key alone.
+func (p Policy) requirements(attributes map[string]string) map[string]string {
 	want := map[string]string{
 		"TOKEN": "true", "PRIVATE": "true", "SENSITIVE": "true", "SIGN": "true",
 		"DECRYPT": "false", "UNWRAP": "false", "DERIVE": "false", "MODIFIABLE": "false",
@@ -114,6 +115,9 @@ func (p Policy) requirements() map[string]string {
 			want["NEVER_EXTRACTABLE"] = "true"
 		}
 	}
+	if p.Extractable && attributes["EXTRACTABLE"] != "false" {
+		want["WRAP_WITH_TRUSTED"] = "true"
+	}
 	return want
 }
 
@@ -122,7 +126,7 @@ func (p Policy) requirements() map[string]string {
 // error wraps ErrPolicy and names every attribute that differs.
 func (p Policy) Check(attributes map[string]string) error {
 	var wrong []string
-	for name, want := range p.requirements() {
+	for name, want := range p.requirements(attributes) {
 		if got := attributes[name]; got != want {
 			wrong = append(wrong, fmt.Sprintf("%s is %q, want %s", name, got, want))
 		}

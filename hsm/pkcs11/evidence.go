@@ -62,7 +62,7 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 		SPKI: hex.EncodeToString(k.ref.SPKI[:]), PublicKey: der, Algorithm: algorithm,
 		Mechanism:  mechanism(attributes["KEY_GEN_MECHANISM"]),
 		Attributes: attributes, SelfTestText: proof.Text, SelfTest: proof.Signature,
-		Level: hsm.LevelOf(token, attributes),
+		Level: hsm.LevelOf(token, attributes), Restored: attributes["LOCAL"] != "true",
 	}, nil
 }
 

@@ -121,7 +121,7 @@ func templates(spec hsm.Spec) (public, private crypto11.AttributeSet, err error)
 		pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_EXTRACTABLE: spec.Extractable,
 		pkcs11.CKA_SIGN: true, pkcs11.CKA_SIGN_RECOVER: false, pkcs11.CKA_DECRYPT: false,
 		pkcs11.CKA_UNWRAP: false, pkcs11.CKA_DERIVE: false,
-		pkcs11.CKA_WRAP_WITH_TRUSTED: false, pkcs11.CKA_ALWAYS_AUTHENTICATE: false,
+		pkcs11.CKA_WRAP_WITH_TRUSTED: spec.Extractable, pkcs11.CKA_ALWAYS_AUTHENTICATE: false,
 		pkcs11.CKA_ID: spec.ID, pkcs11.CKA_LABEL: []byte(spec.Label),
 	})
 	return public, private, err
