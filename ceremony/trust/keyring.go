@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -30,6 +32,14 @@ func Optional(role hsm.Role) bool {
 
 // KeyRing is the content of keys.yaml: where each role's key lives and which
 // public key it has. It contains no secret and no PIN.
+//
+// The URI of a TPM names the folder of its key files, "tpm2:DIR?device=PATH", and
+// that of a key in it "tpm2:DIR/NAME.pem?device=PATH"; octets that a URI cannot
+// hold are percent-encoded. In the file DIR may be relative: it is then below the
+// folder in which keys.yaml is, so that the ceremony's output folder can be
+// moved with the key files in it. LoadKeyRing makes it absolute. A token's DIR
+// may be empty, and its keys' URIs "tpm2:NAME.pem?device=PATH": the service's
+// configuration then says where the folder is (SetFolder).
 type KeyRing struct {
 	// Tokens are the devices, by the names of the ceremony's definition.
 	Tokens map[string]Token
@@ -39,7 +49,7 @@ type KeyRing struct {
 
 // Token is a device as the service finds it again.
 type Token struct {
-	// URI is "pkcs11:token=…;serial=…" (RFC 7512) or "tpm2:?device=…".
+	// URI is "pkcs11:token=…;serial=…" (RFC 7512) or "tpm2:DIR?device=PATH".
 	URI string
 	// Module is the path of the PKCS#11 module, "" for a TPM.
 	Module string
@@ -122,7 +132,8 @@ func ParseKeyRing(data []byte) (*KeyRing, error) {
 	return ring, nil
 }
 
-// LoadKeyRing reads the keys.yaml at path.
+// LoadKeyRing reads the keys.yaml at path. The folders of TPM key files become
+// absolute, those of tokens that name none excepted.
 func LoadKeyRing(path string) (*KeyRing, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -133,7 +144,70 @@ func LoadKeyRing(path string) (*KeyRing, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read keys: %w", err)
 	}
-	return ParseKeyRing(data)
+	ring, err := ParseKeyRing(data)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("locate keys: %w", err)
+	}
+	for name, t := range ring.Tokens {
+		if path, ok := tpmPath(t.URI); ok && path != "" {
+			ring.below(name, dir)
+		}
+	}
+	return ring, nil
+}
+
+// SetFolder says where the key files are of a TPM whose URI names no folder: in
+// dir, an absolute path. It refuses a token whose URI names one, or that is no
+// TPM (ErrFormat).
+func (r *KeyRing) SetFolder(token, dir string) error {
+	path, ok := tpmPath(r.Tokens[token].URI)
+	switch {
+	case !ok:
+		return fmt.Errorf("token %.40q is no TPM: %w", token, ErrFormat)
+	case path != "":
+		return fmt.Errorf("keys.yaml names the folder of token %.40q: %.200q: %w", token, path, ErrFormat)
+	case !filepath.IsAbs(dir):
+		return fmt.Errorf("folder %.200q: want an absolute path: %w", dir, ErrFormat)
+	}
+	r.below(token, dir)
+	return nil
+}
+
+// below puts the relative paths of a TPM and of its keys below dir.
+func (r *KeyRing) below(token, dir string) {
+	t := r.Tokens[token]
+	t.URI = joinTPM(dir, t.URI)
+	r.Tokens[token] = t
+	for role, k := range r.Keys {
+		if k.Token == token {
+			k.URI = joinTPM(dir, k.URI)
+			r.Keys[role] = k
+		}
+	}
+}
+
+// tpmPath returns the path in a TPM's URI, percent-encoded as it stands there.
+func tpmPath(uri string) (path string, ok bool) {
+	rest, ok := strings.CutPrefix(uri, "tpm2:")
+	path, _, _ = strings.Cut(rest, "?")
+	return path, ok
+}
+
+// joinTPM puts the path in a TPM's URI below dir, unless it is absolute or the
+// handle of a persistent key. A path that is wrongly encoded stays: whoever
+// opens it says so.
+func joinTPM(dir, uri string) string {
+	encoded, ok := tpmPath(uri)
+	path, err := url.PathUnescape(encoded)
+	if !ok || err != nil || filepath.IsAbs(path) || strings.HasPrefix(path, "0x") {
+		return uri
+	}
+	absolute := url.URL{Path: filepath.Join(dir, path)}
+	return "tpm2:" + absolute.EscapedPath() + strings.TrimPrefix(uri, "tpm2:"+encoded)
 }
 
 // Marshal returns keys.yaml with a heading, in the order of Roles.

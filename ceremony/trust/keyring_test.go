@@ -125,3 +125,87 @@ func FuzzParseKeyRing(f *testing.F) {
 		}
 	})
 }
+
+// tpmRing has the CT key in a TPM whose URI has this path.
+func tpmRing(t *testing.T, path, key string) *KeyRing {
+	t.Helper()
+	ring := newKeyRing()
+	ring.Tokens["online"] = Token{URI: "tpm2:" + path + "?device=/run/tpm.sock"}
+	ct := ring.Keys[hsm.RoleCT]
+	ct.Token, ct.URI = "online", "tpm2:"+key
+	ring.Keys[hsm.RoleCT] = ct
+	return ring
+}
+
+// A ceremony's output folder can be moved with the key files of a TPM in it.
+func TestKeyRingFolders(t *testing.T) {
+	const device = "?device=/run/tpm.sock"
+	for _, tc := range []struct{ name, token, key, wantToken, wantKey string }{
+		{"relative", "tpm", "tpm/ct.pem" + device, "DIR/tpm" + device, "DIR/tpm/ct.pem" + device},
+		{"with an id", "tpm", "tpm" + device + "&id=00", "DIR/tpm" + device, "DIR/tpm" + device + "&id=00"},
+		{"upwards", "../tpm", "../tpm/ct.pem" + device, "UP/tpm" + device, "UP/tpm/ct.pem" + device},
+		{"the folder itself", ".", "./ct.pem" + device, "DIR" + device, "DIR/ct.pem" + device},
+		{"encoded", "t%20m", "t%20m/ct.pem" + device, "DIR/t%20m" + device, "DIR/t%20m/ct.pem" + device},
+		{"absolute", "/srv/tpm", "/srv/tpm/ct.pem" + device, "/srv/tpm" + device, "/srv/tpm/ct.pem" + device},
+		{"an encoded slash is one", "%2Fsrv", "%2Fsrv/ct.pem" + device, "%2Fsrv" + device, "%2Fsrv/ct.pem" + device},
+		{"persistent", "tpm", "0x81010001" + device, "DIR/tpm" + device, "0x81010001" + device},
+		{"wrongly encoded", "t%zz", "t%zz/ct.pem" + device, "t%zz" + device, "t%zz/ct.pem" + device},
+		{"no folder", "", "ct.pem" + device, device, "ct.pem" + device},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			data, err := tpmRing(t, tc.token, tc.key).Marshal()
+			if err != nil {
+				t.Fatal(err)
+			}
+			up := t.TempDir()
+			dir := filepath.Join(up, "my trust")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "keys.yaml"), data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			ring, err := LoadKeyRing(filepath.Join(dir, "keys.yaml"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			where := strings.NewReplacer("DIR", up+"/my%20trust", "UP", up)
+			if diff := cmp.Diff("tpm2:"+where.Replace(tc.wantToken), ring.Tokens["online"].URI); diff != "" {
+				t.Errorf("token (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff("tpm2:"+where.Replace(tc.wantKey), ring.Keys[hsm.RoleCT].URI); diff != "" {
+				t.Errorf("key (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(newKeyRing().Keys[hsm.RoleRoot], ring.Keys[hsm.RoleRoot]); diff != "" {
+				t.Errorf("a PKCS#11 key changed:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestSetFolder(t *testing.T) {
+	ring := tpmRing(t, "", "ct.pem?device=/run/tpm.sock")
+	if err := ring.SetFolder("online", "/etc/keys of ours"); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := ring.Tokens["online"].URI, "tpm2:/etc/keys%20of%20ours?device=/run/tpm.sock"; got != want {
+		t.Errorf("token %s, want %s", got, want)
+	}
+	if got, want := ring.Keys[hsm.RoleCT].URI, "tpm2:/etc/keys%20of%20ours/ct.pem?device=/run/tpm.sock"; got != want {
+		t.Errorf("key %s, want %s", got, want)
+	}
+	for _, tc := range []struct{ name, token, dir string }{
+		{"a folder is named", "online", "/etc/other"},
+		{"a PKCS#11 token", "root", "/etc/keys"},
+		{"no such token", "tpm", "/etc/keys"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if err := ring.SetFolder(tc.token, tc.dir); !errors.Is(err, ErrFormat) {
+				t.Errorf("error %v, want ErrFormat", err)
+			}
+		})
+	}
+	if err := tpmRing(t, "", "ct.pem?device=/x").SetFolder("online", "keys"); !errors.Is(err, ErrFormat) {
+		t.Errorf("a relative folder: %v, want ErrFormat", err)
+	}
+}
