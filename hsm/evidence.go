@@ -58,4 +58,7 @@ type Evidence struct {
 	// is not true): it was unwrapped into it, or the module knows no better. A
 	// restored key in a software token has LevelSoftware and Restored.
 	Restored bool `json:"restored,omitempty"`
+	// Attestation is what the device signed about the key, nil if it cannot.
+	// Its nonce is AttestationNonce unless a caller put another one in place.
+	Attestation *Attestation `json:"attestation,omitempty"`
 }
