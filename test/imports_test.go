@@ -42,6 +42,9 @@ var importRules = map[string][]string{
 	"ceremony":       {"hsm", "ca/profile", "ceremony/trust"},
 	"ceremony/trust": {"hsm"},
 
+	"ceremony/trust/tuf": {"hsm", "ceremony/trust"},
+	"ceremony/bundle":    {},
+
 	// For tests; TestTestPackages keeps them out of the programs.
 	"ca/identity/oidctest": {},
 	"ca/internal/catest":   {"hsm", "hsm/hsmtest", "ca", "ca/profile"},
