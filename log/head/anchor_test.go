@@ -252,6 +252,12 @@ func FuzzParseSlot(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(uint64(0), b[:slotSum], true)
+	begun := record(2)
+	begun.Start = EpochStart{Head: Head{Size: 3, Time: time.UnixMilli(5).UTC()}, Signature: []byte("signature")}
+	if b, err = begun.marshal(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint64(0), b[:slotSum], true)
 	f.Fuzz(func(t *testing.T, n uint64, b []byte, fix bool) {
 		if fix && len(b) >= slotSum { // get past the checksum
 			b = append(bytes.Clone(b[:slotSum]), sum(b[:slotSum])...)

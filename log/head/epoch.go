@@ -306,16 +306,21 @@ func advanceTo(ctx context.Context, counter Counter, to uint64, asked bool) adva
 		return advanced{asked, fmt.Errorf("read counter: %w", err)}
 	case value == to && asked:
 		return advanced{asked, nil}
-	case value == to-1:
-		value, err = counter.Advance(ctx)
+	case value != to-1:
+		return advanced{asked, foreign(value, to)}
 	}
+	value, err = counter.Advance(ctx)
 	switch {
 	case err != nil:
 		return advanced{true, fmt.Errorf("advance counter: %w", err)}
 	case value != to:
-		return advanced{true, epochError("the hardware counter is at %d where this log was about to bring it to %d: another log, or another copy of this one, uses it", value, to)}
+		return advanced{true, foreign(value, to)}
 	}
 	return advanced{true, nil}
+}
+
+func foreign(value, to uint64) error {
+	return epochError("the hardware counter is at %d where this log was about to bring it to %d: another log, or another copy of this one, uses it", value, to)
 }
 
 // counterAnswered takes the result of askCounter.
