@@ -163,6 +163,7 @@ func TestLevelOf(t *testing.T) {
 		{"SoftHSM", hsm.TokenInfo{Manufacturer: "SoftHSM project", Model: "SoftHSM v2"}, "true", hsm.LevelSoftware},
 		{"NSS", hsm.TokenInfo{Manufacturer: "Mozilla Foundation", Model: "NSS 3"}, "true", hsm.LevelSoftware},
 		{"a TPM emulator", hsm.TokenInfo{Manufacturer: "IBM", Model: "SWTPM"}, "true", hsm.LevelSoftware},
+		{"a TPM emulator as libtpms names itself", hsm.TokenInfo{Manufacturer: "IBM", Model: "SW   TPM"}, "true", hsm.LevelSoftware},
 		{"a device", hsm.TokenInfo{Manufacturer: "Nitrokey", Model: "Nitrokey HSM"}, "true", hsm.LevelModule},
 		{"restored", hsm.TokenInfo{Manufacturer: "Nitrokey"}, "false", hsm.LevelRestored},
 		{"unknown origin", hsm.TokenInfo{Manufacturer: "Nitrokey"}, "unavailable: CKR_ATTRIBUTE_TYPE_INVALID", hsm.LevelRestored},

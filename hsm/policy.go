@@ -153,7 +153,7 @@ func LevelOf(token TokenInfo, attributes map[string]string) Level {
 
 // softwareMarks are found, in lower case, in the manufacturer or model of the
 // tokens that are known to be software.
-var softwareMarks = []string{"softhsm", "swtpm", "mozilla", "nss ", "gnome", "opencryptoki soft", "ibm soft", "kryoptic"}
+var softwareMarks = []string{"softhsm", "swtpm", "sw   tpm", "mozilla", "nss ", "gnome", "opencryptoki soft", "ibm soft", "kryoptic"}
 
 // IsSoftware says whether the token is known to be software. A false answer is
 // not evidence of hardware: a module says of itself what it likes.
