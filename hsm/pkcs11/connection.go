@@ -39,37 +39,60 @@ func (m *module) connect(t *Token) (*connection, error) {
 		if info, by, err = m.locate(t.uri); err != nil {
 			return err
 		}
+		if m.isOpen(t, info) {
+			return ErrOpen
+		}
 		if sessions, err = m.limit(info.Slot, sessions); err != nil {
 			return err
 		}
-		return checkPINFlags(info)
+		return m.clear(info.Slot)
 	})
 	if err != nil {
 		return nil, err
 	}
-	for other := range m.tokens {
-		if other != t && other.conn != nil && other.conn.info.Serial == info.Serial && other.conn.info.Label == info.Label {
-			return nil, ErrOpen
-		}
-	}
+	// crypto11 does not log in: it would take CKR_USER_ALREADY_LOGGED_IN for a
+	// success whatever the PIN, and not say which of its calls failed.
 	context, err := crypto11.Configure(&crypto11.Config{
 		Path: m.path, TokenSerial: by.serial, TokenLabel: by.token,
-		Pin: t.pin, MaxSessions: sessions + 1,
+		LoginNotSupported: true, MaxSessions: sessions + 1,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("log in: %w", classify(err))
+		return nil, fmt.Errorf("connect: %w", classify(err))
 	}
 	m.live++
 	c := &connection{context: context, sessions: sessions}
 	if c.raw, err = innerHandle(context); err == nil {
 		m.shared = c.raw
-		err = c.begin(m, t.uri)
+		err = c.begin(m, t)
 	}
 	if err != nil {
 		m.release(c)
 		return nil, err
 	}
 	return c, nil
+}
+
+// isOpen says whether a token other than t is the one that info describes.
+func (m *module) isOpen(t *Token, info hsm.TokenInfo) bool {
+	for other := range m.tokens {
+		if other != t && other.conn != nil && other.conn.info.Serial == info.Serial && other.conn.info.Label == info.Label {
+			return true
+		}
+	}
+	return false
+}
+
+// clear ends what a connection to the slot may have left that could not be
+// closed properly while others kept the library initialised: a login that is
+// still there would make any PIN good. The slot is not open.
+func (m *module) clear(slot uint) error {
+	if m.live == 0 {
+		return nil
+	}
+	if err := m.handle().CloseAllSessions(slot); err != nil {
+		return fmt.Errorf("close old sessions: %w", classify(err))
+	}
+	return nil
 }
 
 // limit lowers a wish for signing sessions to what the token in slot allows,
@@ -103,9 +126,9 @@ func innerHandle(context *crypto11.Context) (*pkcs11.Ctx, error) {
 	return (*pkcs11.Ctx)(field.UnsafePointer()), nil
 }
 
-// begin opens the reading session and learns what the token can do.
-func (c *connection) begin(m *module, u uri) error {
-	info, _, err := m.locate(u)
+// begin learns what the token can do, opens the reading session and logs in.
+func (c *connection) begin(m *module, t *Token) error {
+	info, _, err := m.locate(t.uri)
 	if err != nil {
 		return err
 	}
@@ -113,8 +136,12 @@ func (c *connection) begin(m *module, u uri) error {
 	c.sizes = map[uint]pkcs11.MechanismInfo{}
 	for _, mechanism := range []uint{pkcs11.CKM_ECDSA, pkcs11.CKM_EC_KEY_PAIR_GEN} {
 		size, err := c.raw.GetMechanismInfo(c.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(mechanism, nil)})
-		if err == nil {
+		var code *codeError
+		switch err = classify(err); {
+		case err == nil:
 			c.sizes[mechanism] = size
+		case errors.As(err, &code) && code.connection():
+			return fmt.Errorf("read mechanism %#x: %w", mechanism, err)
 		}
 	}
 	if _, ok := c.sizes[pkcs11.CKM_ECDSA]; !ok {
@@ -124,7 +151,25 @@ func (c *connection) begin(m *module, u uri) error {
 	if err != nil {
 		return fmt.Errorf("open session: %w", classify(err))
 	}
-	return nil
+	if err := checkPINFlags(info); err != nil {
+		return err
+	}
+	return c.login(t.pin)
+}
+
+// login sends the PIN, once: every session of the library then has the login
+// (PKCS#11 v2.40, Section 5.6). Only a lost connection and a busy token leave
+// room for another attempt. Any other answer, and one that nobody knows most of
+// all, may have cost the PIN a try: it is ErrPIN.
+func (c *connection) login(pin string) error {
+	err := classify(c.raw.Login(c.admin, pkcs11.CKU_USER, pin))
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, hsm.ErrLost), errors.Is(err, hsm.ErrBusy), errors.Is(err, hsm.ErrPIN):
+		return fmt.Errorf("log in: %w", err)
+	}
+	return fmt.Errorf("log in: %w (%w)", hsm.ErrPIN, err)
 }
 
 // disconnect ends t's connection if it has one. The caller holds lock and
@@ -146,6 +191,8 @@ func (m *module) release(c *connection) {
 	_ = c.context.Close() // exactly once: a second Close panics
 	if m.live--; m.live == 0 {
 		m.shared = nil // crypto11 has finalised and destroyed it
+	} else if c.sizes != nil { // c.slot is known
+		_ = c.raw.CloseAllSessions(c.slot) // whatever would not close
 	}
 }
 

@@ -108,7 +108,13 @@ const (
 // no connection keeps it so. The caller holds lock.
 func (m *module) initialised(f func() error) error {
 	if m.live == 0 {
-		if err := m.raw.Initialize(); err != nil {
+		err := m.raw.Initialize()
+		if errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
+			// An earlier C_Finalize, of crypto11 or ours, went wrong.
+			_ = m.raw.Finalize()
+			err = m.raw.Initialize()
+		}
+		if err != nil {
 			return fmt.Errorf("initialise module: %w", classify(err))
 		}
 		defer func() { _ = m.raw.Finalize() }() // nothing is open, so nothing is lost

@@ -6,7 +6,9 @@
 //     crypto11 context per token. A second Open of an open token is ErrOpen.
 //   - One login per connection, and none when the token's flags say that a
 //     wrong PIN was tried before. A refused PIN is never tried again: the
-//     token is dead for this process.
+//     token is dead for this process. So is a login that fails for a reason
+//     that says neither that the connection is lost nor that the token is
+//     busy: it may have cost the PIN a try.
 //   - A key is what its Ref says: miekg/pkcs11 counts the private and the
 //     public objects that fit and reads their attributes; crypto11's own
 //     pairing is compared with that and never believed.
@@ -27,8 +29,8 @@
 // How a signature flows: Key.SignContext → queue → worker → crypto11 (C_SignInit,
 // C_Sign) → DER → hsm.Verify on the caller's goroutine → caller.
 //
-// PINs stay in memory as long as the token is open (crypto11 keeps a string,
-// and recovery logs in again); they are in no error and no log record.
+// PINs stay in memory as long as the token is open (recovery logs in again; the
+// login is ours, crypto11 never sees it); they are in no error and no log record.
 package pkcs11
 
 import (
