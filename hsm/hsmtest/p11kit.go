@@ -110,6 +110,6 @@ func (r *Remote) Kill(t testing.TB) {
 	r.cmd = nil
 	_ = os.Remove(r.socket)
 	if r.shim != nil {
-		r.shim.forget()
+		r.shim.Forget()
 	}
 }

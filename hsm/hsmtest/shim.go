@@ -163,9 +163,9 @@ func (s *Shim) Reset() {
 	s.next = s.at(wordRecords).Load()
 }
 
-// forget is for processes with the shim in them that were killed: their
+// Forget is for processes with the shim in them that were killed: their
 // sessions and calls are no more.
-func (s *Shim) forget() {
+func (s *Shim) Forget() {
 	for _, w := range []word{wordRunning, wordHanging, wordSessions} {
 		s.at(w).Store(0)
 	}

@@ -267,7 +267,7 @@ func (r *restoring) on(c *connection) (*pair, error) {
 			if err := r.try(c, s, under); err != nil {
 				return err
 			}
-			if private, err = r.unwrap(c, s, under, true, false); err != nil {
+			if _, err := r.unwrap(c, s, under, true, false); err != nil {
 				return err
 			}
 		}
@@ -350,9 +350,9 @@ func (r *restoring) try(c *connection, s pkcs11.SessionHandle, under pkcs11.Obje
 	leak, err := r.unwrap(c, s, under, false, true)
 	if err == nil {
 		_ = c.raw.DestroyObject(s, leak)
-		return fmt.Errorf("token unwraps into an extractable key: %w", hsm.ErrPolicy)
+		return fmt.Errorf("token unwraps into an extractable key, the wrapping key has no CKA_UNWRAP_TEMPLATE: %w", hsm.ErrPolicy)
 	}
-	if errors.Is(err, hsm.ErrLost) || errors.Is(err, hsm.ErrBusy) {
+	if !templateRefused(err) {
 		return err
 	}
 	trial, err := r.unwrap(c, s, under, false, false)
@@ -366,6 +366,20 @@ func (r *restoring) try(c *connection, s pkcs11.SessionHandle, under pkcs11.Obje
 	return err
 }
 
+// templateRefused says whether a token refused what an object should be, and
+// not the wrapped octets or the whole call.
+func templateRefused(err error) bool {
+	var code *codeError
+	if !errors.As(err, &code) {
+		return false
+	}
+	switch code.code {
+	case pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY:
+		return true
+	}
+	return false
+}
+
 // unwrap is C_UnwrapKey into the token or into the session. What SoftHSM and
 // others answer to octets that do not unwrap (CKR_GENERAL_ERROR) is not taken
 // for a lost device.
@@ -374,7 +388,11 @@ func (r *restoring) unwrap(c *connection, s pkcs11.SessionHandle, under pkcs11.O
 	if err != nil {
 		return 0, err
 	}
-	for code, value := range map[uint]bool{pkcs11.CKA_TOKEN: token, pkcs11.CKA_EXTRACTABLE: extractable} {
+	change := map[uint]any{pkcs11.CKA_TOKEN: token, pkcs11.CKA_EXTRACTABLE: extractable}
+	if !token { // not to be taken for the key if it cannot be dropped
+		change[pkcs11.CKA_LABEL], change[pkcs11.CKA_ID] = []byte("trial"), []byte("trial")
+	}
+	for code, value := range change {
 		if err := template.Set(code, value); err != nil {
 			return 0, err
 		}

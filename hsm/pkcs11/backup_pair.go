@@ -20,8 +20,8 @@ type Officer struct {
 	// Module and URI are as in Config.
 	Module string
 	URI    string
-	// PIN is the security officer's. Pair sends it once and keeps no copy; the
-	// caller should clear it.
+	// PIN is the security officer's. Pair sends it at most once and clears its
+	// copy; the caller should clear its own.
 	PIN []byte
 }
 
@@ -310,8 +310,9 @@ func unwrapTemplate(pinner *runtime.Pinner) []byte {
 	} {
 		value := slices.Clone(a.Value)
 		pinner.Pin(&value[0])
-		list = append(list, ckAttribute{kind: uintptr(a.Type), value: unsafe.Pointer(&value[0]), length: uintptr(len(value))})
+		pointer := unsafe.Pointer(&value[0]) //nolint:gosec // pinned; the library copies what it points to
+		list = append(list, ckAttribute{kind: uintptr(a.Type), value: pointer, length: uintptr(len(value))})
 	}
-	first := unsafe.Pointer(&list[0])
-	return slices.Clone(unsafe.Slice((*byte)(first), len(list)*int(unsafe.Sizeof(list[0]))))
+	first := (*byte)(unsafe.Pointer(&list[0]))                                      //nolint:gosec // the array's own octets
+	return slices.Clone(unsafe.Slice(first, len(list)*int(unsafe.Sizeof(list[0])))) //nolint:gosec // as long as the array
 }
