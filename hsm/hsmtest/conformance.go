@@ -36,6 +36,18 @@ type Device struct {
 	Logins func() int
 	// Level is the evidence level of a key made by Generate.
 	Level hsm.Level
+
+	// What the backend cannot do by its nature, each with the reason; "" if it
+	// can. The suite then asks for the refusal instead.
+
+	// OneHash: a key signs digests of its algorithm's hash alone.
+	OneHash string
+	// OneLabel: no two pairs can have one label.
+	OneLabel string
+	// NoBackup: no key can be extractable.
+	NoBackup string
+	// PINAtUse: a wrong PIN shows when a key is opened, not when the device is.
+	PINAtUse string
 }
 
 // Planted is a key pair that Generate would not make.
@@ -162,6 +174,11 @@ func signs(t *testing.T, d Device) {
 	for _, algorithm := range []hsm.Algorithm{hsm.ECDSAP256, hsm.ECDSAP384} {
 		key := NewKey(t, token, string(algorithm), algorithm)
 		for _, hash := range []crypto.Hash{crypto.SHA256, crypto.SHA384, crypto.SHA512} {
+			if d.OneHash != "" && hash != algorithm.Hash() {
+				_, err := key.SignContext(t.Context(), make([]byte, hash.Size()), hash)
+				d.wants(t, fmt.Sprintf("%s with %s (%s)", algorithm, hash, d.OneHash), err, hsm.ErrUnsupported)
+				continue
+			}
 			verifies(t, key, hash)
 		}
 		refused := []struct {
@@ -264,28 +281,35 @@ func ambiguous(t *testing.T, d Device) {
 		t.Skip("the backend cannot hold two pairs with one label")
 	}
 	token := d.open(t)
+	if d.OneLabel == "" {
+		oneLabelTwice(t, d, token)
+	}
+	twin := NewKey(t, token, "twin", hsm.ECDSAP256)
+	id := mustID(t, token, twin)
+	label, uris := "twin", map[string]string{"label": d.URI("twin", nil), "id": d.URI("", id), "label and id": twin.Ref().URI}
+	if d.OneLabel != "" {
+		label, uris = "other", map[string]string{"id": d.URI("", id)}
+	}
+	d.Plant(t, token, Planted{Label: label, ID: id})
+	for name, uri := range uris {
+		_, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: twin.Ref().SPKI}, hsm.RoleCT)
+		d.wants(t, "two pairs with one id, by "+name, err, hsm.ErrAmbiguous)
+	}
+	_, err := token.Find(t.Context(), id)
+	d.wants(t, "two pairs with one id, Find", err, hsm.ErrAmbiguous)
+}
+
+// oneLabelTwice: two pairs with one label are told apart by their ids alone.
+func oneLabelTwice(t *testing.T, d Device, token hsm.Token) {
 	key := NewKey(t, token, "key", hsm.ECDSAP256)
-	spki := key.Ref().SPKI
 	d.Plant(t, token, Planted{Label: "key", ID: RandomID()})
-	_, err := token.Open(t.Context(), hsm.Ref{URI: d.URI("key", nil), SPKI: spki}, hsm.RoleCT)
+	_, err := token.Open(t.Context(), hsm.Ref{URI: d.URI("key", nil), SPKI: key.Ref().SPKI}, hsm.RoleCT)
 	d.wants(t, "two pairs with one label, by label", err, hsm.ErrAmbiguous)
 	if opened, err := token.Open(t.Context(), key.Ref(), hsm.RoleCT); err != nil {
 		t.Errorf("two pairs with one label, by id: %v", err)
 	} else {
 		verifies(t, opened, crypto.SHA256)
 	}
-	twin := NewKey(t, token, "twin", hsm.ECDSAP256)
-	found, err := token.Find(t.Context(), mustID(t, token, twin))
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.Plant(t, token, Planted{Label: "twin", ID: mustID(t, token, found)})
-	for name, uri := range map[string]string{"label": d.URI("twin", nil), "id": d.URI("", mustID(t, token, found)), "label and id": found.Ref().URI} {
-		_, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: twin.Ref().SPKI}, hsm.RoleCT)
-		d.wants(t, "two pairs with one label and id, by "+name, err, hsm.ErrAmbiguous)
-	}
-	_, err = token.Find(t.Context(), mustID(t, token, found))
-	d.wants(t, "two pairs with one id, Find", err, hsm.ErrAmbiguous)
 }
 
 // mustID reads a key's id from its evidence.
@@ -312,17 +336,7 @@ func policy(t *testing.T, d Device) {
 	if err := (hsm.Policy{}).Check(e.Attributes); err != nil {
 		t.Errorf("a generated key breaks the strictest policy: %v", err)
 	}
-	backup, err := token.Generate(t.Context(), hsm.Spec{Label: "backup", ID: RandomID(), Algorithm: hsm.ECDSAP384, Extractable: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if e, err = token.Evidence(t.Context(), backup); err != nil {
-		t.Fatal(err)
-	}
-	d.wants(t, "extractable key, strict policy", hsm.Policy{}.Check(e.Attributes), hsm.ErrPolicy)
-	if err := hsm.RoleRoot.Policy().Check(e.Attributes); err != nil {
-		t.Errorf("extractable key, root policy: %v", err)
-	}
+	extractable(t, d, token)
 	if d.Plant == nil {
 		return
 	}
@@ -330,6 +344,29 @@ func policy(t *testing.T, d Device) {
 	d.Plant(t, token, Planted{Label: "careless", ID: id, Careless: true})
 	_, err = token.Find(t.Context(), id)
 	d.wants(t, "a key with DECRYPT and MODIFIABLE", err, hsm.ErrPolicy)
+}
+
+// extractable: a key that can be backed up is good for roots alone.
+func extractable(t *testing.T, d Device, token hsm.Token) {
+	backup, err := token.Generate(t.Context(), hsm.Spec{Label: "backup", ID: RandomID(), Algorithm: hsm.ECDSAP384, Extractable: true})
+	if d.NoBackup != "" {
+		d.wants(t, "extractable key ("+d.NoBackup+")", err, hsm.ErrUnsupported)
+		if n, err := token.Keys(t.Context()); err != nil || n != 1 {
+			t.Errorf("after the refusal the token has %d keys (%v), want 1", n, err)
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := token.Evidence(t.Context(), backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.wants(t, "extractable key, strict policy", hsm.Policy{}.Check(e.Attributes), hsm.ErrPolicy)
+	if err := hsm.RoleRoot.Policy().Check(e.Attributes); err != nil {
+		t.Errorf("extractable key, root policy: %v", err)
+	}
 }
 
 func evidence(t *testing.T, d Device) {
@@ -404,18 +441,30 @@ func concurrent(t *testing.T, d Device) {
 	for i := range 64 {
 		wg.Go(func() {
 			key := keys[i%len(keys)]
+			hash := hashOf(t, key)
 			for j := range 4 {
-				digest := sha256.Sum256(fmt.Appendf(nil, "%d %d", i, j))
-				sig, err := key.SignContext(t.Context(), digest[:], crypto.SHA256)
+				h := hash.New()
+				_, _ = fmt.Fprintf(h, "%d %d", i, j)
+				digest := h.Sum(nil)
+				sig, err := key.SignContext(t.Context(), digest, hash)
 				if err != nil {
 					t.Error(err)
-				} else if !ecdsa.VerifyASN1(key.Public().(*ecdsa.PublicKey), digest[:], sig) {
+				} else if !ecdsa.VerifyASN1(key.Public().(*ecdsa.PublicKey), digest, sig) {
 					t.Error("a signature over something else")
 				}
 			}
 		})
 	}
 	wg.Wait()
+}
+
+// hashOf returns the hash of the key's algorithm.
+func hashOf(t *testing.T, key hsm.Key) crypto.Hash {
+	algorithm, err := hsm.AlgorithmOf(key.Public())
+	if err != nil {
+		t.Error(err)
+	}
+	return algorithm.Hash()
 }
 
 func endedContext(t *testing.T, d Device) {
@@ -434,6 +483,10 @@ func endedContext(t *testing.T, d Device) {
 }
 
 func wrongPIN(t *testing.T, d Device) {
+	if d.PINAtUse != "" {
+		wrongPINAtUse(t, d)
+		return
+	}
 	before := 0
 	if d.Logins != nil {
 		before = d.Logins()
@@ -448,6 +501,38 @@ func wrongPIN(t *testing.T, d Device) {
 	if d.Logins != nil && d.Logins() != before+1 {
 		t.Errorf("%d login attempts, want 1", d.Logins()-before)
 	}
+}
+
+// wrongPINAtUse: the PIN is tried at the first use of a key, once, and the token
+// is dead afterwards; the right PIN works as before.
+func wrongPINAtUse(t *testing.T, d Device) {
+	token, err := d.Open(t.Context(), d.PIN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := NewKey(t, token, "key", hsm.ECDSAP256).Ref()
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wrong, err := d.Open(t.Context(), append([]byte("wrong-"), d.PIN...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = wrong.Open(t.Context(), ref, hsm.RoleCT)
+	d.wants(t, "open with a wrong PIN", err, hsm.ErrPIN)
+	d.wants(t, "health after a wrong PIN", wrong.Err(), hsm.ErrPIN)
+	_, err = wrong.Open(t.Context(), ref, hsm.RoleCT)
+	d.wants(t, "open again", err, hsm.ErrPIN)
+	_, err = wrong.Random(t.Context(), 8)
+	d.wants(t, "random after a wrong PIN", err, hsm.ErrPIN)
+	if err := wrong.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	again, err := d.open(t).Open(t.Context(), ref, hsm.RoleCT)
+	if err != nil {
+		t.Fatalf("open with the right PIN: %v", err)
+	}
+	verifies(t, again, crypto.SHA256)
 }
 
 func openTwice(t *testing.T, d Device) {
