@@ -295,8 +295,8 @@ func TestSecret(t *testing.T) {
 		})
 	}
 	t.Setenv("CREDENTIALS_DIRECTORY", "")
-	if _, err := (Secret{"credential", "good"}).Read(); err == nil {
-		t.Error("a credential without systemd was read")
+	if _, err := (Secret{"credential", "good"}).Read(); !errors.Is(err, ErrNoCredential) {
+		t.Errorf("a credential without systemd: %v, want ErrNoCredential", err)
 	}
 }
 

@@ -14,6 +14,10 @@ import (
 // maxSecret bounds a secret, in octets.
 const maxSecret = 4096
 
+// ErrNoCredential: the reference is to a systemd credential, and this process was
+// not started with credentials.
+var ErrNoCredential = errors.New("no credentials: the service was not started by systemd with LoadCredential")
+
 // Secret is a reference to a secret, never the secret itself. Its forms are
 //
 //	credential:NAME   the systemd credential NAME ($CREDENTIALS_DIRECTORY/NAME)
@@ -73,7 +77,7 @@ func (s Secret) Read() ([]byte, error) {
 	if s.kind == "credential" {
 		dir := os.Getenv("CREDENTIALS_DIRECTORY")
 		if dir == "" {
-			return nil, fmt.Errorf("read %s: no credentials: the service was not started by systemd with LoadCredential", s)
+			return nil, fmt.Errorf("read %s: %w", s, ErrNoCredential)
 		}
 		path = filepath.Join(dir, s.name)
 	}

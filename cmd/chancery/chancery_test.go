@@ -11,6 +11,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/softhsm"
 )
 
 func TestMain(m *testing.M) {
@@ -23,11 +24,24 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {
+			if module, err := softhsm.Module(); err == nil {
+				env.Setenv("SOFTHSM", module)
+			}
 			example, err := os.ReadFile("../../config/example/chancery.yaml")
 			if err != nil {
 				return err
 			}
 			return os.WriteFile(env.Getenv("WORK")+"/example.yaml", example, 0o600)
+		},
+		Condition: func(name string) (bool, error) {
+			if name != "softhsm" {
+				return false, fmt.Errorf("unknown condition %q", name)
+			}
+			_, err := softhsm.Module()
+			if err != nil && os.Getenv("CHANCERY_REQUIRE_HSM") == "1" {
+				return false, err
+			}
+			return err == nil, nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "logs": logs},
 	})

@@ -84,7 +84,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{err: err, command: cmd.CommandPath()}
 	})
-	root.AddCommand(newDemo(), newServe(), newInit(), newConfig(), newSign(), newVerify(), newLog(), newVersion())
+	root.AddCommand(newDemo(), newServe(), newInit(), newConfig(), newSign(), newVerify(), newLog(), newHSM(), newVersion())
 	for _, c := range root.Commands() {
 		wrapArgs(c)
 	}

@@ -175,13 +175,26 @@ func newConfig() *cobra.Command {
 	check := &cobra.Command{
 		Use:   "check --config FILE",
 		Short: "Read the configuration and say whether it is good",
+		Long: "Read the configuration as serve will, and hold it against keys.yaml in the trust\n" +
+			"folder: every online key is in a token that it can log in to, and the URIs of both,\n" +
+			"PKCS#11 or TPM, can be understood. No token is touched and no PIN is read.",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if _, err := loadConfig(path); err != nil {
+			cfg, err := loadConfig(path)
+			if err != nil {
 				return err
 			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "good      %s\n", path)
-			return err
+			p := &printer{w: cmd.OutOrStdout()}
+			err = service.Check(cfg)
+			if errors.Is(err, service.ErrNoKeys) {
+				p.printf("note      %s has no keys.yaml yet: tokens and keys are not checked\n", cfg.Trust)
+				err = nil
+			}
+			if err != nil {
+				return err
+			}
+			p.printf("good      %s\n", path)
+			return p.err
 		},
 	}
 	addConfigFlag(check, &path)

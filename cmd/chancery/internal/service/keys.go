@@ -9,13 +9,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
-	"github.com/chancery-ca/chancery/hsm/pkcs11"
 )
 
 // onlineRoles are the keys that the service signs with. The roots stay where
@@ -36,14 +34,9 @@ const maxChain = 1 << 20
 // openKeys logs in to the tokens that hold an online key, each once, and opens
 // the keys by URI and public key.
 func (s *Service) openKeys(ctx context.Context) error {
-	ring, err := trust.LoadKeyRing(filepath.Join(s.cfg.Trust, "keys.yaml"))
+	ring, err := LoadRing(s.cfg)
 	if err != nil {
 		return err
-	}
-	for name := range s.cfg.Tokens {
-		if _, ok := ring.Tokens[name]; !ok {
-			return fmt.Errorf("configuration names token %q: keys.yaml does not have it", name)
-		}
 	}
 	for _, role := range onlineRoles(s.cfg) {
 		key := ring.Keys[role]
@@ -79,27 +72,12 @@ func (s *Service) openToken(ctx context.Context, name string, where trust.Token)
 	if !ok {
 		return nil, errors.New("the configuration has no PIN for it (tokens)")
 	}
-	if (hsm.Ref{URI: where.URI}).Scheme() != "pkcs11" {
-		return nil, fmt.Errorf("URI %q: %w", where.URI, hsm.ErrUnsupported)
-	}
-	token, err := openPKCS11(ctx, where, how, s)
+	token, err := OpenToken(ctx, where, how, s.log)
 	if err != nil {
 		return nil, err
 	}
 	s.tokens[name] = token
 	return token, nil
-}
-
-func openPKCS11(ctx context.Context, where trust.Token, how config.Token, s *Service) (hsm.Token, error) {
-	pin, err := how.PIN.Read()
-	if err != nil {
-		return nil, err
-	}
-	defer clear(pin)
-	return pkcs11.Open(ctx, pkcs11.Config{
-		Module: where.Module, URI: where.URI, PIN: pin,
-		MaxSessions: how.Sessions, MaxQueue: how.Queue, Deadline: how.Deadline, Logger: s.log,
-	})
 }
 
 // readChain reads the certificates of a PEM file, first to last.
