@@ -367,6 +367,18 @@ func extractable(t *testing.T, d Device, token hsm.Token) {
 	if err := hsm.RoleRoot.Policy().Check(e.Attributes); err != nil {
 		t.Errorf("extractable key, root policy: %v", err)
 	}
+	for _, role := range []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleTSA, hsm.RoleTUFOnline, "unknown"} {
+		_, err := token.Open(t.Context(), backup.Ref(), role)
+		d.wants(t, fmt.Sprintf("extractable key, opened for %s", role), err, hsm.ErrPolicy)
+	}
+	for _, role := range []hsm.Role{hsm.RoleRoot, hsm.RoleTSARoot, hsm.RoleNone} {
+		key, err := token.Open(t.Context(), backup.Ref(), role)
+		if err != nil {
+			t.Errorf("extractable key, opened for %q: %v", role, err)
+			continue
+		}
+		verifies(t, key, crypto.SHA384)
+	}
 }
 
 func evidence(t *testing.T, d Device) {
