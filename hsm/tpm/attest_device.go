@@ -38,6 +38,20 @@ func (t *Token) Attest(ctx context.Context, k hsm.Key, nonce []byte) (hsm.Attest
 	return a, nil
 }
 
+// attested puts an attestation into evidence if the TPM can make one.
+func (t *Token) attested(ctx context.Context, k *key, e hsm.Evidence) (hsm.Evidence, error) {
+	a, err := t.Attest(ctx, k, e.AttestationNonce())
+	switch {
+	case err == nil:
+		e.Attestation = &a
+	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrUnsupported):
+		t.log.Warn("evidence without an attestation", "key", k.ref.URI, "error", err)
+	default:
+		return hsm.Evidence{}, err
+	}
+	return e, nil
+}
+
 func (t *Token) attest(ctx context.Context, k *key, nonce []byte) (hsm.Attestation, error) {
 	a := hsm.Attestation{Format: hsm.AttestationTPM, Nonce: nonce, Key: tpm2.Marshal(k.public.area)}
 	if err := checkNonce(nonce); err != nil {

@@ -14,7 +14,9 @@ import (
 
 // Evidence loads the key again, and with that has the TPM confirm its public
 // area, and signs a proof. The level comes from what the TPM says of itself; a
-// verified attestation is stronger. See hsm.Token and, for the attributes, the
+// verified attestation is stronger: it is made too, unless the TPM lacks a command
+// for it or refuses Config.EndorsementAuth, and VerifyAttestation says what it is
+// worth. See hsm.Token and, for the attributes, the
 // package comment.
 func (t *Token) Evidence(ctx context.Context, k hsm.Key) (hsm.Evidence, error) {
 	own, err := t.own(k)
@@ -51,13 +53,13 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 		return hsm.Evidence{}, err
 	}
 	attributes := k.attributes()
-	return hsm.Evidence{
+	return t.attested(ctx, k, hsm.Evidence{
 		Time: now.UTC(), Token: token, URI: k.ref.URI,
 		SPKI: hex.EncodeToString(k.ref.SPKI[:]), PublicKey: der, Algorithm: k.public.algorithm,
 		Mechanism: k.mechanism(), Attributes: attributes,
 		SelfTestText: proof.Text, SelfTest: proof.Signature,
 		Level: hsm.LevelOf(token, attributes),
-	}, nil
+	})
 }
 
 // confirm reads the public area of a loaded key again.
@@ -87,7 +89,7 @@ func (k *key) attributes() map[string]string {
 	made := is.FixedTPM && is.SensitiveDataOrigin
 	attributes := map[string]string{}
 	for name, value := range map[string]bool{
-		"TOKEN": true, "SENSITIVE": true, "MODIFIABLE": false,
+		"TOKEN": !is.STClear, "SENSITIVE": true, "MODIFIABLE": false,
 		"PRIVATE":          is.UserWithAuth && (k.file == nil || !k.file.emptyAuth),
 		"ALWAYS_SENSITIVE": is.SensitiveDataOrigin,
 		"EXTRACTABLE":      !is.FixedTPM,
