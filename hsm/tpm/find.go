@@ -11,8 +11,7 @@ import (
 )
 
 // Open finds the key that ref names, loads it, holds its attributes against the
-// role's policy and, unless the role is hsm.RoleNone, has it sign once, so that
-// a wrong Config.Auth shows now. Errors beside those of hsm.Token: ErrPIN,
+// role's policy and has it sign once, so that a wrong Config.Auth shows now. Errors beside those of hsm.Token: ErrPIN,
 // ErrURI, ErrKeyFile. ErrMismatch is also a key file of another TPM.
 func (t *Token) Open(ctx context.Context, ref hsm.Ref, role hsm.Role) (hsm.Key, error) {
 	u, err := parseURI(ref.URI)
@@ -70,7 +69,7 @@ func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte, role hsm.Rol
 		if _, err = c.load(found); err != nil {
 			return err
 		}
-		if err := found.public.bound(); err != nil {
+		if err := found.public.usable(); err != nil {
 			return err
 		}
 		return role.Policy().Check(found.attributes())

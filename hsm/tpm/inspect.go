@@ -186,7 +186,7 @@ func (t *Token) describe(c *connection, label string) (hsm.Listing, error) {
 	l.Level = hsm.LevelOf(c.info, l.Attributes)
 	_, err = c.load(k)
 	if err == nil {
-		err = k.public.bound()
+		err = k.public.usable()
 	}
 	if isLost(err) || errors.Is(err, hsm.ErrPIN) {
 		return l, err

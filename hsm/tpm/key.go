@@ -100,6 +100,10 @@ func (c *connection) sign(k *key, digest []byte) ([]byte, error) {
 		// InScheme is null: the key's own.
 		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck},
 	})
+	if k.file == nil && errors.Is(err, tpm2.TPMRCHandle) {
+		delete(c.parents, k.handle)
+		return nil, fmt.Errorf("nothing at %#x any more: %w: %w", uint32(k.handle), hsm.ErrNotFound, err)
+	}
 	if err != nil {
 		return nil, err
 	}

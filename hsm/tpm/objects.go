@@ -13,6 +13,9 @@ import (
 // refused there but lost.
 const maxLoaded = 3
 
+// zero is a handle that names nothing.
+const zero = tpm2.TPMHandle(0)
+
 // object is a key that the connection loads when it is wanted. When its slot
 // is wanted for another its context is saved outside (TPM2_ContextSave, Part 3,
 // Section 28.2), from where it comes back faster than from its blob.
@@ -46,14 +49,19 @@ func (c *connection) hold(id string, load func() (tpm2.TPMHandle, error)) (tpm2.
 	return handle, nil
 }
 
-// bring loads an object from its context or, if it has none, by load.
+// bring loads an object from its context or, if it has none that the TPM takes,
+// by load.
 func (c *connection) bring(o *object, load func() (tpm2.TPMHandle, error)) (tpm2.TPMHandle, error) {
 	if o.saved == nil {
 		return load()
 	}
 	rsp, err := run(c, tpm2.ContextLoad{Context: *o.saved})
-	if err != nil {
+	switch {
+	case isLost(err):
 		return zero, fmt.Errorf("load context: %w", err)
+	case err != nil:
+		o.saved = nil
+		return load()
 	}
 	return rsp.LoadedHandle, nil
 }

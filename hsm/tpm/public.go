@@ -115,7 +115,8 @@ func uncompressed(algorithm hsm.Algorithm, point *tpm2.TPMSECCPoint) (*ecdsa.Pub
 	return key, nil
 }
 
-// bound says whether the key signs nothing but ECDSA with its curve's hash.
+// bound refuses, with hsm.ErrPolicy, a key that signs anything but ECDSA with
+// its curve's hash.
 func (p *public) bound() error {
 	parameters, err := p.area.Parameters.ECCDetail()
 	if err != nil {
@@ -126,6 +127,22 @@ func (p *public) bound() error {
 		return fmt.Errorf("key is not bound to ECDSA with %s: %w", p.algorithm.Hash(), hsm.ErrPolicy)
 	}
 	return nil
+}
+
+// usable refuses, with hsm.ErrPolicy, a key that is not bound, or could be used
+// without its authorisation value, or be locked by guesses at other values. What
+// hsm.Policy asks for is not repeated here.
+func (p *public) usable() error {
+	is := p.area.ObjectAttributes
+	switch {
+	case is.Restricted:
+		return fmt.Errorf("key signs only what the TPM made: %w", hsm.ErrPolicy)
+	case !is.NoDA:
+		return fmt.Errorf("key takes part in the dictionary-attack lockout: %w", hsm.ErrPolicy)
+	case len(p.area.AuthPolicy.Buffer) != 0:
+		return fmt.Errorf("key has a policy beside its authorisation value: %w", hsm.ErrPolicy)
+	}
+	return p.bound()
 }
 
 // signingTemplate is the public area that Generate asks for.

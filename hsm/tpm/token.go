@@ -34,7 +34,7 @@
 //
 // A TPM knows no PKCS#11 attributes. Evidence and policies use these:
 //
-//	TOKEN              true: the blob or the handle outlives a power cycle
+//	TOKEN              not stClear: the blob or the handle outlives a power cycle
 //	PRIVATE            userWithAuth, and the key file does not say emptyAuth
 //	SENSITIVE          true: no TPM command returns a private key in the clear
 //	ALWAYS_SENSITIVE   sensitiveDataOrigin
@@ -46,7 +46,10 @@
 //	MODIFIABLE         false: the attributes are part of the key's Name
 //	LABEL, ID          of the key file, in hexadecimal
 //
-// and beside them each TPMA_OBJECT bit, scheme, Name and parent as "TPM.…".
+// and beside them each TPMA_OBJECT bit, scheme, Name and parent as "TPM.…". A
+// key that another tool made is opened if its attributes satisfy the policy of
+// its role, it is bound to ECDSA with its curve's hash, has noDA, and no policy
+// by which it could be used without its authorisation value (ErrPolicy).
 package tpm
 
 import (
@@ -63,7 +66,6 @@ import (
 
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/internal/queue"
-	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 )
 
@@ -284,6 +286,12 @@ func (t *Token) Err() error {
 func (t *Token) Close() error {
 	t.queue.Close()
 	t.cancel()
+	t.mu.Lock()
+	back := t.back
+	t.mu.Unlock()
+	if back != nil {
+		<-back // at once: the attempt to reconnect has been cancelled
+	}
 	select {
 	case t.gate <- struct{}{}:
 		defer func() { <-t.gate }()
@@ -402,6 +410,3 @@ func (t *Token) Keys(ctx context.Context) (int, error) {
 	}
 	return n, nil
 }
-
-// zero is a handle that names nothing.
-const zero = tpm2.TPMHandle(0)
