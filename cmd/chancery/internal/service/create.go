@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/tpm"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/tree"
 )
@@ -20,9 +22,14 @@ var ErrLogExists = errors.New("log exists already")
 // is never completed: what is missing may have been lost.
 var ErrHalfLog = errors.New("half of the log is missing")
 
-// Create makes the logs and their anchors that the configuration names. It and
-// Add are the only ways in which a log begins. When any of the logs exists
-// nothing is made: ErrLogExists, ErrHalfLog.
+// ErrCounterExists: the counter of a new log is there already. It may be another
+// log's, or one that an interrupted init left.
+var ErrCounterExists = errors.New("counter exists already")
+
+// Create makes the logs and their anchors that the configuration names,
+// and the counters that the anchors are bound to. It and Add are the only ways in
+// which a log begins. When any of the logs exists nothing is made: ErrLogExists,
+// ErrHalfLog.
 func Create(ctx context.Context, cfg *config.Config, opts Options) error {
 	_, _, err := create(ctx, cfg, opts, false)
 	return err
@@ -46,6 +53,11 @@ func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (ma
 		return nil, nil, fmt.Errorf("open logs: %w", err)
 	}
 	defer func() { err = errors.Join(err, engine.Close(ctx)) }()
+	tokens, err := counterTokens(ctx, cfg, opts.Logger)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { err = errors.Join(err, tokens.Close()) }()
 	var missing []LogPlace
 	for _, place := range LogPlaces(cfg) {
 		there, err := exists(ctx, engine, place)
@@ -61,7 +73,7 @@ func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (ma
 		}
 	}
 	for _, place := range missing {
-		if err := begin(ctx, engine, place); err != nil {
+		if err := begin(ctx, engine, tokens, place); err != nil {
 			return made, kept, err
 		}
 		made = append(made, place.Name)
@@ -89,13 +101,37 @@ func exists(ctx context.Context, engine *tree.Engine, place LogPlace) (bool, err
 	return anchored, nil
 }
 
-// begin makes a log of which nothing is there.
-func begin(ctx context.Context, engine *tree.Engine, place LogPlace) error {
-	if err := head.CreateAnchor(place.Anchor); err != nil {
+// begin makes a log of which nothing is there, and first its counter.
+func begin(ctx context.Context, engine *tree.Engine, tokens *openTokens, place LogPlace) error {
+	epoch, err := newCounter(ctx, tokens, place.Counter)
+	if err != nil {
+		return fmt.Errorf("create counter of log %s: %w", place.Name, err)
+	}
+	if err := head.CreateAnchorAt(place.Anchor, epoch); err != nil {
 		return fmt.Errorf("create anchor of log %s: %w", place.Name, err)
 	}
 	if err := engine.Create(ctx, place.Name); err != nil {
 		return fmt.Errorf("create log %s: %w", place.Name, err)
 	}
 	return nil
+}
+
+// newCounter makes the counter and returns its value, 0 where there is to be
+// none. One that exists is an error: it may be another log's.
+func newCounter(ctx context.Context, tokens *openTokens, c *config.Counter) (uint64, error) {
+	if c == nil {
+		return 0, nil
+	}
+	t, err := asTPM(tokens.open[c.Token], c)
+	if err != nil {
+		return 0, err
+	}
+	counter, err := tpm.CreateCounter(ctx, t, c.Index)
+	if errors.Is(err, hsm.ErrExists) {
+		return 0, fmt.Errorf("%w: %w", ErrCounterExists, err)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return counter.Value(ctx)
 }

@@ -45,6 +45,9 @@ func (s *Service) Ready() error {
 	if s.elsewhere != nil {
 		errs = append(errs, prefixed("CT log elsewhere", s.elsewhere.Err()))
 	}
+	if s.tuf != nil {
+		errs = append(errs, prefixed("TUF", s.tuf.Err()))
+	}
 	for _, l := range s.logs {
 		errs = append(errs, prefixed(l.name, l.tree.Err()), prefixed(l.name, l.heads.Err()))
 	}
@@ -119,7 +122,11 @@ func (s *Service) registerHealth() {
 			c.Response().Header().Set("Retry-After", "1")
 			return c.JSON(http.StatusServiceUnavailable, map[string]string{"status": "NOT_SERVING"})
 		}
-		return c.JSON(http.StatusOK, map[string]string{"status": "SERVING"})
+		answer := map[string]string{"status": "SERVING"}
+		if s.tuf != nil && s.tuf.Expiring() != nil {
+			answer["warning"] = "TUF metadata expires soon" // which of it, the log says
+		}
+		return c.JSON(http.StatusOK, answer)
 	})
 }
 

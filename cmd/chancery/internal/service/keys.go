@@ -17,15 +17,20 @@ import (
 )
 
 // onlineRoles are the keys that the service signs with. The roots stay where
-// the ceremony left them.
-func onlineRoles(cfg *config.Config) []hsm.Role {
-	switch {
-	case cfg.Only == config.OnlyCT:
+// the ceremony left them. The key for the TUF repository is one of them if the
+// ceremony made it.
+func onlineRoles(cfg *config.Config, ring *trust.KeyRing) []hsm.Role {
+	if cfg.Only == config.OnlyCT {
 		return []hsm.Role{hsm.RoleCT}
-	case cfg.CT.Elsewhere():
-		return []hsm.Role{hsm.RoleIntermediate, hsm.RoleRekor, hsm.RoleTSA}
 	}
-	return []hsm.Role{hsm.RoleIntermediate, hsm.RoleCT, hsm.RoleRekor, hsm.RoleTSA}
+	roles := []hsm.Role{hsm.RoleIntermediate, hsm.RoleRekor, hsm.RoleTSA}
+	if !cfg.CT.Elsewhere() {
+		roles = append(roles, hsm.RoleCT)
+	}
+	if _, ok := ring.Keys[hsm.RoleTUFOnline]; ok {
+		roles = append(roles, hsm.RoleTUFOnline)
+	}
+	return roles
 }
 
 // maxChain bounds a certificate file, in octets.
@@ -38,7 +43,7 @@ func (s *Service) openKeys(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, role := range onlineRoles(s.cfg) {
+	for _, role := range onlineRoles(s.cfg, ring) {
 		key := ring.Keys[role]
 		token, err := s.openToken(ctx, key.Token, ring.Tokens[key.Token])
 		if err != nil {

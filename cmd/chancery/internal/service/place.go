@@ -18,14 +18,16 @@ type LogPlace struct {
 	// Path is below which the service serves its tiles, without slashes at the
 	// ends.
 	Path string
+	// Counter is the NV counter that its anchor is bound to, nil for none.
+	Counter *config.Counter
 }
 
 // LogPlaces returns the logs that the configuration names.
 func LogPlaces(cfg *config.Config) []LogPlace {
 	ct, rekor := treeName("ct", cfg.CT.Log), treeName("rekor", cfg.Rekor.Log)
 	places := []LogPlace{
-		{ct, hsm.RoleCT, cfg.CT.Origin, logDir(cfg), anchorPath(cfg, ct), "ct/" + cfg.CT.Shard},
-		{rekor, hsm.RoleRekor, cfg.Rekor.Origin, logDir(cfg), anchorPath(cfg, rekor), "log/" + cfg.Rekor.Shard + "/api/v2"},
+		{ct, hsm.RoleCT, cfg.CT.Origin, logDir(cfg), anchorPath(cfg, ct), "ct/" + cfg.CT.Shard, cfg.CT.Counter},
+		{rekor, hsm.RoleRekor, cfg.Rekor.Origin, logDir(cfg), anchorPath(cfg, rekor), "log/" + cfg.Rekor.Shard + "/api/v2", cfg.Rekor.Counter},
 	}
 	switch {
 	case cfg.Only == config.OnlyCT:

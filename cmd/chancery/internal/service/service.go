@@ -36,6 +36,7 @@ import (
 	"github.com/chancery-ca/chancery/ca/identity"
 	caserver "github.com/chancery-ca/chancery/ca/server"
 	"github.com/chancery-ca/chancery/ca/tsa"
+	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/ct"
@@ -83,6 +84,8 @@ type Service struct {
 	echo     *echo.Echo
 	// elsewhere is the CT log if it is not one of logs, else nil.
 	elsewhere *ctlog.Log
+	// tuf is nil when the ceremony made no TUF repository.
+	tuf *tuf.Mirror
 
 	state readiness
 }
@@ -154,6 +157,9 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	}
 	rekorLog.Register(s.echo.Group(""))
 	rekorLog.RegisterReads(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
+	if err := s.openTUF(ctx); err != nil {
+		return err
+	}
 	s.registerHealth()
 	return nil
 }
@@ -262,8 +268,12 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 	if err != nil {
 		return openLog{}, err
 	}
+	counter, err := s.counter(ctx, name)
+	if err != nil {
+		return openLog{}, err
+	}
 	heads, err := head.Open(ctx, head.Config{
-		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name),
+		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name), Counter: counter,
 		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log.With("log", name),
 	})
 	if err != nil {
@@ -273,6 +283,30 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 	opened := openLog{name, heads.Tree(), heads}
 	s.logs = append(s.logs, opened)
 	return opened, nil
+}
+
+// counter opens the counter that the log's anchor is bound to; nil if the
+// configuration names none.
+func (s *Service) counter(ctx context.Context, name string) (head.Counter, error) {
+	for _, place := range LogPlaces(s.cfg) {
+		if place.Name != name || place.Counter == nil {
+			continue
+		}
+		ring, err := LoadRing(s.cfg)
+		if err != nil {
+			return nil, err
+		}
+		token, err := s.openToken(ctx, place.Counter.Token, ring.Tokens[place.Counter.Token])
+		if err != nil {
+			return nil, fmt.Errorf("open token %q: %w", place.Counter.Token, err)
+		}
+		counter, err := OpenCounter(ctx, token, place.Counter)
+		if err != nil {
+			return nil, fmt.Errorf("open counter: %w", err)
+		}
+		return counter, nil
+	}
+	return nil, nil
 }
 
 // openCA opens the certificate authority and joins it to the CT log.
@@ -396,6 +430,9 @@ func (s *Service) Close(ctx context.Context) error {
 	}
 	if s.elsewhere != nil {
 		s.elsewhere.Close()
+	}
+	if s.tuf != nil {
+		s.tuf.Close()
 	}
 	for _, token := range s.tokens {
 		errs = append(errs, token.Close())

@@ -16,6 +16,7 @@ import (
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/pkcs11"
 	"github.com/chancery-ca/chancery/hsm/tpm"
+	"github.com/chancery-ca/chancery/log/head"
 )
 
 // The schemes of token and key URIs.
@@ -111,7 +112,7 @@ func Check(cfg *config.Config) error {
 			return fmt.Errorf("tokens.%s: %w", name, err)
 		}
 	}
-	for _, role := range onlineRoles(cfg) {
+	for _, role := range onlineRoles(cfg, ring) {
 		key := ring.Keys[role]
 		if _, ok := cfg.Tokens[key.Token]; !ok {
 			return fmt.Errorf("the %s key is in token %q: the configuration has no PIN for it (tokens)", role, key.Token)
@@ -120,9 +121,12 @@ func Check(cfg *config.Config) error {
 			return fmt.Errorf("the %s key: %w", role, err)
 		}
 	}
-	for name, counter := range map[string]*config.Counter{"ct": cfg.CT.Counter, "rekor": cfg.Rekor.Counter} {
-		if counter != nil && (hsm.Ref{URI: ring.Tokens[counter.Token].URI}).Scheme() != schemeTPM {
-			return fmt.Errorf("%s.counter: token %q is no TPM: %w", name, counter.Token, hsm.ErrUnsupported)
+	for _, counter := range []struct {
+		log string
+		*config.Counter
+	}{{"ct", cfg.CT.Counter}, {"rekor", cfg.Rekor.Counter}} {
+		if counter.Counter != nil && (hsm.Ref{URI: ring.Tokens[counter.Token].URI}).Scheme() != schemeTPM {
+			return fmt.Errorf("%s.counter: token %q is no TPM: %w", counter.log, counter.Token, hsm.ErrUnsupported)
 		}
 	}
 	return nil
@@ -206,4 +210,78 @@ func InspectToken(ctx context.Context, where trust.Token) (hsm.Inspection, error
 		return hsm.Inspection{}, fmt.Errorf("token %s: %d tokens: %w", where.URI, len(found), hsm.ErrAmbiguous)
 	}
 	return found[0], nil
+}
+
+// asTPM returns the token as one that has NV counters.
+func asTPM(token hsm.Token, c *config.Counter) (*tpm.Token, error) {
+	t, ok := token.(*tpm.Token)
+	if !ok {
+		return nil, fmt.Errorf("counter %#x: token %q is no TPM: %w", c.Index, c.Token, hsm.ErrUnsupported)
+	}
+	return t, nil
+}
+
+// OpenCounter opens the configured counter in its open token.
+func OpenCounter(ctx context.Context, token hsm.Token, c *config.Counter) (head.Counter, error) {
+	t, err := asTPM(token, c)
+	if err != nil {
+		return nil, err
+	}
+	counter, err := tpm.OpenCounter(ctx, t, c.Index)
+	if err != nil {
+		return nil, fmt.Errorf("token %q: %w", c.Token, err)
+	}
+	return counter, nil
+}
+
+// Counters opens the counters of the logs, by the names of LogPlaces, each in
+// its token, which is opened once. done logs out.
+func Counters(ctx context.Context, cfg *config.Config, logger *slog.Logger) (counters map[string]head.Counter, done func() error, err error) {
+	tokens, err := counterTokens(ctx, cfg, logger)
+	if err != nil {
+		return nil, nil, err
+	}
+	counters = map[string]head.Counter{}
+	for _, place := range LogPlaces(cfg) {
+		if place.Counter == nil {
+			continue
+		}
+		if counters[place.Name], err = OpenCounter(ctx, tokens.open[place.Counter.Token], place.Counter); err != nil {
+			return nil, nil, errors.Join(fmt.Errorf("counter of log %s: %w", place.Name, err), tokens.Close())
+		}
+	}
+	return counters, tokens.Close, nil
+}
+
+// openTokens are open, by name.
+type openTokens struct{ open map[string]hsm.Token }
+
+// Close logs out of all of them.
+func (t *openTokens) Close() error {
+	var errs []error
+	for _, token := range t.open {
+		errs = append(errs, token.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// counterTokens logs in to the tokens that a configured counter is in.
+func counterTokens(ctx context.Context, cfg *config.Config, logger *slog.Logger) (*openTokens, error) {
+	tokens := &openTokens{map[string]hsm.Token{}}
+	for _, place := range LogPlaces(cfg) {
+		if place.Counter == nil || tokens.open[place.Counter.Token] != nil {
+			continue
+		}
+		ring, err := LoadRing(cfg)
+		if err != nil {
+			return nil, errors.Join(err, tokens.Close())
+		}
+		name := place.Counter.Token
+		token, err := OpenToken(ctx, ring.Tokens[name], cfg.Tokens[name], logger)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("open token %q: %w", name, err), tokens.Close())
+		}
+		tokens.open[name] = token
+	}
+	return tokens, nil
 }
