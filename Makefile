@@ -20,7 +20,7 @@ PACKAGES := softhsm2 swtpm swtpm-tools p11-kit openssl strace gcc libc6-dev git 
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps demo test test-clients lint bench bench-growth torture fuzz clean
+.PHONY: help build deps demo test test-clients lint bench bench-growth torture torture-hsm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf c
 torture: deps ## kill the log, fail its calls and cut its power, at POINTS points
 	CHANCERY_TORTURE_POINTS=$(POINTS) $(GO) test -count=1 -timeout 4h -v ./test/torture
 	CHANCERY_TORTURE_ROUNDS=$$(($(POINTS) / 100)) $(GO) test -count=1 -timeout 1h -run 'Kill|SyscallFaults' -v ./log/store
+
+torture-hsm: deps ## fail every call to the token while keys sign, and take it away; prints what came of it
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -timeout 20m -v ./test/hsmtorture
 
 fuzz: deps ## run every fuzz target for FUZZTIME ("60s", or "3000x" inputs)
 	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz

@@ -12,12 +12,15 @@
 package hsmtest
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -47,6 +50,24 @@ type SoftHSMToken struct {
 func NewSoftHSM(t testing.TB) SoftHSMToken {
 	t.Helper()
 	return newToken(t, sharedHome(t).Module())
+}
+
+// Folder returns the folder in which SoftHSM keeps the token. Moved away it is
+// a token that was taken out of its reader, for a library that is initialised
+// meanwhile.
+func (token SoftHSMToken) Folder(t testing.TB) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(sharedHome(t).Dir(), "tokens", "*", "token.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if content, err := os.ReadFile(file); err == nil && bytes.Contains(content, []byte(token.Label)) {
+			return filepath.Dir(file)
+		}
+	}
+	t.Fatalf("token %s has no folder", token.Label)
+	return ""
 }
 
 // newToken makes a token through a module: SoftHSM's, or the shim before it.

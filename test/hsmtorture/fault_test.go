@@ -38,7 +38,7 @@ var codes = map[class][]uint{
 	unknown: {0x80000001, 0x1FF},
 }
 
-// more are return values that are injected into signing alone.
+// more are return values that are injected into signing and recovery alone.
 var more = map[class][]uint{
 	lost: {
 		p11.CKR_SLOT_ID_INVALID, p11.CKR_DEVICE_REMOVED, p11.CKR_KEY_HANDLE_INVALID, p11.CKR_OBJECT_HANDLE_INVALID,
@@ -108,7 +108,7 @@ type report struct {
 // row is one line: a kind of fault in a call in a phase.
 type row struct {
 	phase, call, kind string
-	faults, errors    int
+	faults            int
 	sentinels         map[string]int
 	longest           time.Duration // recovery
 }
@@ -131,6 +131,17 @@ func (p *report) saw(f *fault, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.row(f).sentinels[sentinel(err)]++
+}
+
+// count says how often callers got an error of this name.
+func (p *report) count(name string) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := 0
+	for _, r := range p.rows {
+		n += r.sentinels[name]
+	}
+	return n
 }
 
 // injected counts a fault and how long the recovery took.

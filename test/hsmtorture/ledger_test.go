@@ -89,6 +89,15 @@ func (l *ledger) forgive() {
 	}
 }
 
+// killed says that the process with the token is gone, and its logins with it.
+func (l *ledger) killed() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.slots {
+		s.tried = false
+	}
+}
+
 // audit takes the new records in, and checks what callers have got by now.
 func (l *ledger) audit(records func() ([]hsmtest.Record, error)) error {
 	l.mu.Lock()

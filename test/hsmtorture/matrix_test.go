@@ -55,7 +55,7 @@ var phases = []phase{
 			r.ledger.selfTests(r.fresh)
 			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
 			defer cancel()
-			key, err := r.devices[1].token().Generate(ctx, hsm.Spec{Label: freshLabel, ID: r.fresh, Algorithm: hsm.ECDSAP256})
+			key, err := r.devices[1].opened().Generate(ctx, hsm.Spec{Label: freshLabel, ID: r.fresh, Algorithm: hsm.ECDSAP256})
 			if err == nil {
 				s := &signer{id: r.fresh, pub: key.Public().(*ecdsa.PublicKey)}
 				s.key.Store(&key)
@@ -71,7 +71,7 @@ var phases = []phase{
 			s := r.devices[1].keys[0]
 			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
 			defer cancel()
-			_, err := r.devices[1].token().Evidence(ctx, *s.key.Load())
+			_, err := r.devices[1].opened().Evidence(ctx, *s.key.Load())
 			return err
 		},
 	},
@@ -80,7 +80,7 @@ var phases = []phase{
 		do: func(r *rig, _ func() bool) error {
 			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
 			defer cancel()
-			token := r.devices[1].token()
+			token := r.devices[1].opened()
 			_, random := token.Random(ctx, 16)
 			n, keys := token.Keys(ctx)
 			if keys == nil && n != len(r.devices[1].keys) {
@@ -119,7 +119,7 @@ var errNotReached = errors.New("the call was not made")
 // key.
 func (r *rig) removeFresh(err error) error {
 	d := r.devices[1]
-	_, found := d.token().Find(r.t.Context(), r.fresh)
+	_, found := d.opened().Find(r.t.Context(), r.fresh)
 	if err == nil && found != nil {
 		return fmt.Errorf("the generated key is not found: %w", found)
 	}
@@ -172,7 +172,7 @@ func (r *rig) survey() map[string][]hsmtest.Function {
 		if err != nil {
 			r.t.Fatalf("%s: %v", p.name, err)
 		}
-		if r.devices[1].token() == nil {
+		if r.devices[1].opened() == nil {
 			if err := r.openDevice(r.devices[1]); err != nil {
 				r.t.Fatal(err)
 			}
@@ -181,10 +181,14 @@ func (r *rig) survey() map[string][]hsmtest.Function {
 	return calls
 }
 
-// inject makes one call of a function fail in a phase.
-func (r *rig) inject(p phase, function hsmtest.Function, kind class, code uint) {
+// inject makes one call of a function fail in a phase: instead of what it does,
+// or after it has done it.
+func (r *rig) inject(p phase, function hsmtest.Function, kind class, code uint, after bool) {
 	r.t.Helper()
 	f := &fault{phase: p.name, call: function.String(), kind: string(kind), code: code, also: p.documented(function, kind)}
+	if after {
+		f.kind += ", but done"
+	}
 	if p.before != nil {
 		if err := p.before(r); err != nil {
 			r.t.Fatalf("%s: before: %v", f, err)
@@ -192,7 +196,11 @@ func (r *rig) inject(p phase, function hsmtest.Function, kind class, code uint) 
 	}
 	r.fault.Store(f)
 	failed := r.shim.Failed()
-	r.shim.Fail(function, code, 1)
+	if after {
+		r.shim.FailAfter(function, code, 1)
+	} else {
+		r.shim.Fail(function, code, 1)
+	}
 	err := p.do(r, func() bool { return r.shim.Pending() == 0 })
 	r.shim.Fail(0, 0, 0)
 	if r.shim.Failed() == failed {
@@ -251,11 +259,15 @@ func TestMatrix(t *testing.T) {
 					continue // the next class in the next call
 				}
 				for _, code := range chosen(p, kind, turn) {
-					r.inject(p, f, kind, code)
-					if t.Failed() {
-						return
-					}
+					r.inject(p, f, kind, code, false)
 				}
+			}
+			// A session that was opened and not given is the token's leak.
+			if f != hsmtest.OpenSession && (long || turn%3 == 0) {
+				r.inject(p, f, lost, codes[lost][turn%len(codes[lost])], true)
+			}
+			if t.Failed() {
+				return
 			}
 			turn++
 		}
@@ -270,7 +282,7 @@ func chosen(p phase, kind class, turn int) []uint {
 	if !long {
 		return codes[kind][turn/len(classes)%len(codes[kind]):][:1]
 	}
-	if p.name == "sign" {
+	if p.name == "sign" || p.name == "recover" {
 		return append(slices.Clone(codes[kind]), more[kind]...)
 	}
 	return codes[kind]

@@ -57,8 +57,9 @@ const (
 
 // device is one token and the keys that sign on it.
 type device struct {
-	cfg  pkcs11.Config
-	keys []*signer
+	token hsmtest.SoftHSMToken
+	cfg   pkcs11.Config
+	keys  []*signer
 
 	mu   sync.Mutex
 	open *pkcs11.Token // nil while closed
@@ -74,12 +75,12 @@ type signer struct {
 	key  atomic.Pointer[hsm.Key] // nil while the device is closed
 }
 
-// rig is a shim with two tokens behind it, a load and its ledger. The first
-// token is never closed but by whoever stands for the operator.
+// rig is a shim with tokens behind it, a load and its ledger. The first token is
+// never closed but by whoever stands for the operator.
 type rig struct {
 	t       *testing.T
 	shim    *hsmtest.Shim
-	devices [2]*device
+	devices []*device
 	ledger  *ledger
 	fault   atomic.Pointer[fault]
 	report  *report
@@ -98,19 +99,26 @@ var roles = [2][]struct {
 	{{hsm.RoleTSA, hsm.ECDSAP384}, {hsm.RoleTUFOnline, hsm.ECDSAP256}},
 }
 
-// newRig makes the tokens and their keys and opens them. Everything is closed
-// and checked when the test ends.
+// newRig makes two tokens and their keys and opens them.
 func newRig(t *testing.T, deadline time.Duration) *rig {
 	t.Helper()
-	r := &rig{t: t, shim: hsmtest.NewShim(t), ledger: newLedger(), report: newReport(), stop: make(chan struct{})}
+	shim := hsmtest.NewShim(t)
+	return newRigOn(t, shim, deadline, shim.NewToken(t), shim.NewToken(t))
+}
+
+// newRigOn makes keys on empty tokens behind the shim and opens them. Everything
+// is closed and checked when the test ends.
+func newRigOn(t *testing.T, shim *hsmtest.Shim, deadline time.Duration, tokens ...hsmtest.SoftHSMToken) *rig {
+	t.Helper()
+	r := &rig{t: t, shim: shim, ledger: newLedger(), report: newReport(), stop: make(chan struct{})}
 	goroutines := runtime.NumGoroutine()
-	for i := range r.devices {
-		token := r.shim.NewToken(t)
-		r.devices[i] = &device{cfg: pkcs11.Config{
+	for i, token := range tokens {
+		d := &device{token: token, cfg: pkcs11.Config{
 			Module: token.Module, URI: token.URI, PIN: token.PIN,
 			MaxSessions: sessions, Deadline: deadline, Logger: slog.New(slog.DiscardHandler),
 		}}
-		r.makeKeys(r.devices[i], i)
+		r.devices = append(r.devices, d)
+		r.makeKeys(d, i)
 	}
 	r.audit() // what generating left in the records
 	t.Cleanup(func() { r.end(goroutines) })
@@ -181,8 +189,8 @@ func (d *device) closeDevice() error {
 	return nil
 }
 
-// token is the open token, or nil.
-func (d *device) token() *pkcs11.Token {
+// opened is the open token, or nil.
+func (d *device) opened() *pkcs11.Token {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.open
@@ -205,7 +213,10 @@ var errClosed = errors.New("the test has closed the device")
 
 // sign signs a random digest and enters it in the ledger. The error is nil,
 // errClosed or the key's.
-func (r *rig) sign(s *signer) error {
+func (r *rig) sign(s *signer) error { return r.signWithin(s, callLimit) }
+
+// signWithin is sign with a limit of its own.
+func (r *rig) signWithin(s *signer, limit time.Duration) error {
 	key := s.key.Load()
 	if key == nil {
 		return errClosed
@@ -216,7 +227,7 @@ func (r *rig) sign(s *signer) error {
 	}
 	digest := make([]byte, algorithm.Hash().Size())
 	_, _ = rand.Read(digest) // never fails
-	ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
+	ctx, cancel := context.WithTimeout(r.t.Context(), limit)
 	defer cancel()
 	r.ledger.begin(s.id, digest)
 	sig, err := (*key).SignContext(ctx, digest, algorithm.Hash())
@@ -315,13 +326,13 @@ func (r *rig) signAll() error {
 // its PIN is opened again when all its tokens are closed.
 func (r *rig) operate() error {
 	for _, d := range r.devices {
-		token := d.token()
+		token := d.opened()
 		if token == nil {
 			continue
 		}
 		switch err := token.Err(); {
 		case errors.Is(err, hsm.ErrPIN):
-			return errors.Join(r.devices[0].closeDevice(), r.devices[1].closeDevice())
+			return r.closeAll()
 		case errors.Is(err, hsm.ErrWedged):
 			return d.closeDevice()
 		}
@@ -336,6 +347,15 @@ func (r *rig) operate() error {
 		}
 	}
 	return nil
+}
+
+// closeAll closes every device.
+func (r *rig) closeAll() error {
+	var all error
+	for _, d := range r.devices {
+		all = errors.Join(all, d.closeDevice())
+	}
+	return all
 }
 
 // audit holds the records against the ledger.
@@ -387,7 +407,7 @@ func eventually(t *testing.T, what string, done func() bool) {
 // whose state is one for the process.
 func destroy(d *device, label string) error {
 	lib := p11.New(d.cfg.Module)
-	session, err := lib.OpenSession(d.token().Info().Slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
+	session, err := lib.OpenSession(d.opened().Info().Slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
 	if err != nil {
 		return err
 	}
