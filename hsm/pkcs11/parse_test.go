@@ -73,6 +73,8 @@ func FuzzParseURI(f *testing.F) {
 	f.Add("pkcs11:token=My%20Token;object=key;id=%00%ff")
 	f.Add("pkcs11:token=a;serial=1?pin-value=1234")
 	f.Add("pkcs11:token=a;id=%")
+	f.Add("pkcs11:token=a;object=" + strings.Repeat("\xad", 500))
+	f.Add("pkcs11:token=a;object=" + strings.Repeat("*", 500))
 	f.Fuzz(func(t *testing.T, text string) {
 		u, err := parseKeyURI(text)
 		if err != nil {

@@ -38,6 +38,9 @@ func parseURI(text string) (uri, error) {
 	if len(text) > maxURI {
 		return uri{}, fmt.Errorf("%d octets: %w", len(text), ErrURI)
 	}
+	if strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
+		return uri{}, fmt.Errorf("a character that is not percent-encoded: %w", ErrURI) // RFC 3986, Section 2
+	}
 	path, query, _ := strings.Cut(text, "?")
 	if query != "" {
 		// Never quote the query: it may hold a PIN.
@@ -67,6 +70,10 @@ func parseURI(text string) (uri, error) {
 	}
 	if u.token == "" && u.serial == "" {
 		return uri{}, fmt.Errorf("neither token nor serial: %w", ErrURI)
+	}
+	if n := len(u.String()); n > maxURI {
+		// What we would write ourselves must be read again.
+		return uri{}, fmt.Errorf("%d octets when percent-encoded: %w", n, ErrURI)
 	}
 	return u, nil
 }
