@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/tpm"
 )
 
@@ -181,4 +180,14 @@ func OpenTPM(t testing.TB, cfg tpm.Config) *tpm.Token {
 	return token
 }
 
-var _ hsm.Token = (*tpm.Token)(nil)
+// Forget empties the persistent memory of a stopped emulator: at the next Start
+// it is another TPM.
+func (e *Emulator) Forget(t testing.TB) {
+	t.Helper()
+	if err := os.RemoveAll(e.StateDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(e.StateDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}

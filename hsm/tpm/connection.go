@@ -98,7 +98,9 @@ func (c *connection) begin() error {
 // for that, and after making room if our objects fill it. It implements
 // transport.TPM.
 func (c *connection) Send(command []byte) ([]byte, error) {
-	deadline := time.Now().Add(c.cfg.Deadline)
+	// Later than the queue's watch and the context of connect, which say what
+	// has happened better than a failed read does.
+	deadline := time.Now().Add(2 * c.cfg.Deadline)
 	for pause := time.Millisecond; ; {
 		response, err := c.device.exchange(command, deadline)
 		if err != nil {
@@ -107,7 +109,7 @@ func (c *connection) Send(command []byte) ([]byte, error) {
 		}
 		switch patienceWith(tpm2.TPMRC(binary.BigEndian.Uint32(response[6:]))) {
 		case again:
-			if time.Until(deadline) > pause {
+			if time.Until(deadline) > c.cfg.Deadline+pause {
 				time.Sleep(pause)
 				pause = min(2*pause, 100*time.Millisecond)
 				continue

@@ -106,6 +106,10 @@ var classes = []struct {
 		},
 		wrap: with(hsm.ErrBusy),
 	},
+	{
+		codes: []tpm2.TPMRC{tpm2.TPMRCNVDefined}, // also of a persistent handle
+		wrap:  with(hsm.ErrExists),
+	},
 	{ // The TPM lacks it, or the key is not made for it.
 		codes: []tpm2.TPMRC{
 			tpm2.TPMRCCommandCode, tpm2.TPMRCDisabled, tpm2.TPMRCCurve, tpm2.TPMRCHash, tpm2.TPMRCScheme,
