@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/logtool"
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/log/head"
 )
 
@@ -20,7 +21,8 @@ func newLog() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "log",
 		Short: "Look at, verify, copy and restore the logs of a service",
-		Long: "Work on the logs' files, without a token and without a PIN. status, verify,\n" +
+		Long: "Work on the logs' files, without a token and without a PIN but where a hardware\n" +
+			"counter is asked for. status, verify,\n" +
 			"export and backup work beside the running service; restore and accept-loss\n" +
 			"need it stopped. Run them as the service's user.",
 		Args: cobra.ArbitraryArgs,
@@ -53,6 +55,40 @@ func (f *logFlags) find() ([]logtool.Log, error) {
 	return logtool.Find(cfg, f.log)
 }
 
+// openCounters opens the hardware counters of the logs, of which some may have
+// none; done logs out of their tokens.
+func (f *logFlags) openCounters(cmd *cobra.Command, logs []logtool.Log) (done func() error, err error) {
+	cfg, err := loadConfig(f.config)
+	if err != nil {
+		return nil, err
+	}
+	counters, done, err := service.Counters(cmd.Context(), cfg, quiet(cmd))
+	if err != nil {
+		return nil, hsmHint(err)
+	}
+	for i := range logs {
+		logs[i].Hardware = counters[logs[i].Name]
+	}
+	return done, nil
+}
+
+// withCounters runs do with the counters open if want is set.
+func (f *logFlags) withCounters(cmd *cobra.Command, logs []logtool.Log, want bool, do func() error) (err error) {
+	if want {
+		done, err := f.openCounters(cmd, logs)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, done()) }()
+	}
+	return do()
+}
+
+// addCounter adds the flag that lets a command log in to a TPM.
+func addCounter(cmd *cobra.Command, counter *bool) {
+	cmd.Flags().BoolVar(counter, "counter", false, "read the hardware counters too, for which the TPM's auth value is needed")
+}
+
 // logHint says what usually mends a log command that failed.
 func logHint(err error) error {
 	switch {
@@ -73,11 +109,16 @@ func logHint(err error) error {
 func newLogStatus() *cobra.Command {
 	var f logFlags
 	var output string
+	var counter bool
 	cmd := &cobra.Command{
 		Use:   "status --config FILE",
 		Short: "Show the size, the head and the state of each log",
 		Long: "Show each log's tree and anchored head, and whether the one continues the\n" +
-			"other. The exit status is 1 if a log is read-only or its anchor another's.",
+			"other. The exit status is 1 if a log is read-only or its anchor another's.\n\n" +
+			"An anchor that is bound to a hardware counter has an epoch, the counter's value.\n" +
+			"--counter reads the counter from the TPM and compares them; without it no token\n" +
+			"is touched. After a mismatch put the newest anchor and database back; if there\n" +
+			"are none, see chancery log accept-loss.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
@@ -88,12 +129,18 @@ func newLogStatus() *cobra.Command {
 				return err
 			}
 			list := []logtool.Status{}
-			for _, l := range logs {
-				s, err := l.Check(cmd.Context())
-				if err != nil {
-					return logHint(err)
+			err = f.withCounters(cmd, logs, counter, func() error {
+				for _, l := range logs {
+					s, err := l.Check(cmd.Context())
+					if err != nil {
+						return logHint(err)
+					}
+					list = append(list, *s)
 				}
-				list = append(list, *s)
+				return nil
+			})
+			if err != nil {
+				return err
 			}
 			if output == "json" {
 				enc := json.NewEncoder(cmd.OutOrStdout())
@@ -106,6 +153,7 @@ func newLogStatus() *cobra.Command {
 		},
 	}
 	f.add(cmd)
+	addCounter(cmd, &counter)
 	cmd.Flags().StringVar(&output, "output", "text", "`form` of the output: text or json")
 	return cmd
 }
@@ -144,8 +192,23 @@ func printStatus(w io.Writer, list []logtool.Status) error {
 		}
 		row("pending", fmt.Sprintf("%d leaves without a head", s.Pending))
 		row("anchor", fmt.Sprintf("sequence %d", s.AnchorSequence))
+		if s.Bound || s.Epoch > 0 {
+			row("epoch", epochText(s))
+		}
 	}
 	return tw.Flush()
+}
+
+// epochText says to which value of a hardware counter the anchor is bound.
+func epochText(s logtool.Status) string {
+	text := "the anchor is bound to no hardware counter"
+	if s.Epoch > 0 {
+		text = fmt.Sprintf("%d by the anchor", s.Epoch)
+	}
+	if s.Counter != nil {
+		return fmt.Sprintf("%s, %d by the hardware counter", text, *s.Counter)
+	}
+	return text
 }
 
 func line(w io.Writer) error {
@@ -160,6 +223,7 @@ func point(p logtool.Point) string {
 func newLogVerify() *cobra.Command {
 	var f logFlags
 	var from uint64
+	var counter bool
 	cmd := &cobra.Command{
 		Use:   "verify --config FILE",
 		Short: "Check every leaf, tile, root, anchor and signature",
@@ -179,21 +243,32 @@ func newLogVerify() *cobra.Command {
 			}
 			p := newProgress(cmd.ErrOrStderr())
 			defer p.close()
-			var errs []error
-			for _, l := range logs {
-				r, err := l.Verify(cmd.Context(), from, p)
-				if errs = append(errs, err); err != nil {
-					continue
+			return f.withCounters(cmd, logs, counter, func() error {
+				var errs []error
+				for _, l := range logs {
+					r, err := l.Verify(cmd.Context(), from, p)
+					if errs = append(errs, err); err != nil {
+						continue
+					}
+					p.printf(cmd.OutOrStdout(), "verified  %s: %s; %d leaves from their octets, every tile, the anchored head of %d%s\n",
+						l.Name, point(r.Tree), r.Leaves, headSize(r.Status), epochVerified(r.Status))
 				}
-				p.printf(cmd.OutOrStdout(), "verified  %s: %s; %d leaves from their octets, every tile, the anchored head of %d\n",
-					l.Name, point(r.Tree), r.Leaves, headSize(r.Status))
-			}
-			return logHint(errors.Join(errs...))
+				return logHint(errors.Join(errs...))
+			})
 		},
 	}
 	f.add(cmd)
+	addCounter(cmd, &counter)
 	cmd.Flags().Uint64Var(&from, "from", 0, "`size` that was verified before")
 	return cmd
+}
+
+// epochVerified says that the counter was looked at.
+func epochVerified(s *logtool.Status) string {
+	if s.Counter == nil {
+		return ""
+	}
+	return fmt.Sprintf(", epoch %d of the hardware counter", s.Epoch)
 }
 
 func headSize(s *logtool.Status) uint64 {
@@ -312,7 +387,10 @@ func newLogAcceptLoss() *cobra.Command {
 			"that is there are typed exactly, let the log go on from it: the anchor is replaced\n" +
 			"by a record that names the one before it, and an incident file is written beside\n" +
 			"it. Everybody who saw a lost head can then prove that the log contradicts itself.\n" +
-			"To freeze the log and begin a new shard is the honest way wherever it is possible.",
+			"To freeze the log and begin a new shard is the honest way wherever it is possible.\n\n" +
+			"A log whose configuration names a hardware counter is bound to the value that the\n" +
+			"counter has now; it is read from the TPM. If nothing but the epoch is wrong (a\n" +
+			"counter taken into use, replaced or given up), the head stays and no leaf is lost.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.log == "" {
@@ -322,7 +400,9 @@ func newLogAcceptLoss() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return acceptLoss(cmd, logs[0], size, root)
+			return f.withCounters(cmd, logs, logs[0].Counter != nil, func() error {
+				return acceptLoss(cmd, logs[0], size, root)
+			})
 		},
 	}
 	f.add(cmd)
@@ -365,6 +445,9 @@ func acceptLoss(cmd *cobra.Command, l logtool.Log, size uint64, root string) err
 // whatIsLost says in words what an acceptance gives up.
 func whatIsLost(s *logtool.Status) string {
 	switch {
+	case s.EpochOnly():
+		return "No leaf that is there is lost. You vouch that this anchor is the newest: heads that\n" +
+			"were published after it, if there are any, will contradict what is signed from now on."
 	case s.Head == nil:
 		return fmt.Sprintf("Which heads were published is not known: the anchor is gone. Whatever was logged\n"+
 			"after the %d leaves that are there is lost, and whoever holds a later head, an SCT\n"+

@@ -116,9 +116,10 @@ func newInit() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init --config FILE",
 		Short: "Create the empty logs of a new service, once",
-		Long: "Create the empty logs and their anchors in the state folder. A log begins only\n" +
-			"here: serve refuses to run without one, so that a lost disk is noticed. When one\n" +
-			"of the logs exists nothing is made.\n\n" +
+		Long: "Create the empty logs and their anchors in the state folder, and in a TPM the\n" +
+			"counters to which the configuration binds them. A log begins only here: serve\n" +
+			"refuses to run without one, so that a lost disk is noticed. When one of the logs\n" +
+			"exists nothing is made.\n\n" +
 			"--add makes the logs that do not exist, for a new shard, and keeps the others as\n" +
 			"they are. A log of which the tree or the anchor is missing is never completed.",
 		Args: cobra.NoArgs,
@@ -164,6 +165,8 @@ func initHint(err error, cfg *config.Config) error {
 	switch {
 	case errors.Is(err, service.ErrHalfLog):
 		return hint(err, "restore what is missing (log/README.md); if an init was interrupted and the service never ran, remove %s", cfg.State)
+	case errors.Is(err, service.ErrCounterExists):
+		return hint(err, "name another index; or if it is no log's, remove it with: tpm2_nvundefine INDEX")
 	case errors.Is(err, service.ErrLogExists):
 		return hint(err, "logs that exist are kept; for a further shard: chancery init --add")
 	}
@@ -178,7 +181,7 @@ func newConfig() *cobra.Command {
 		Long: "Read the configuration as serve will, and hold it against keys.yaml in the trust\n" +
 			"folder: every online key is in a token that it can log in to, and the URIs of both,\n" +
 			"PKCS#11 or TPM, can be understood. No token is touched and no PIN is read.",
-		Args:  cobra.NoArgs,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(path)
 			if err != nil {

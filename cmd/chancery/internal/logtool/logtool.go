@@ -53,6 +53,8 @@ var (
 	ErrRunning = errors.New("service is running")
 	// ErrNothingLost: the log continues its anchor; there is no loss to accept.
 	ErrNothingLost = errors.New("nothing is lost")
+	// ErrCounter: the hardware counter of the log was not opened.
+	ErrCounter = errors.New("hardware counter not opened")
 	// ErrBackup: the folder is no whole backup of these logs.
 	ErrBackup = errors.New("not a backup of these logs")
 )
@@ -62,6 +64,10 @@ type Log struct {
 	service.LogPlace
 	Public *ecdsa.PublicKey
 	Format head.Format
+	// Hardware is the open counter that the anchor is bound to. While it is nil
+	// and LogPlace.Counter is not, the anchor's epoch is shown and not compared
+	// with it.
+	Hardware head.Counter
 }
 
 // Find returns the configured logs, or the one with the name. Errors: ErrNoLog.
@@ -197,9 +203,18 @@ type Status struct {
 	DamagedSlots []int `json:"damagedSlots,omitempty"`
 	// Pending are leaves that no head covers yet.
 	Pending uint64 `json:"pending"`
+	// Bound says that the configuration binds the anchor to a hardware counter,
+	// Epoch is the number in the anchor (0: bound to none), and Counter the
+	// counter's value, nil if it was not read.
+	Bound   bool    `json:"bound"`
+	Epoch   uint64  `json:"epoch"`
+	Counter *uint64 `json:"counter,omitempty"`
 
 	anchor head.AnchorState
 	id     int64
+	// epochOnly: the tree continues the anchored head; the epoch alone is why
+	// the log is read-only.
+	epochOnly bool
 }
 
 // Point is a tree at one size.
@@ -228,6 +243,15 @@ func (h hexHash) String() string { return hex.EncodeToString(h[:]) }
 
 // Check compares a log's tree with its anchor, as the service does at start.
 func (l Log) Check(ctx context.Context) (*Status, error) {
+	s, err := l.checkOnce(ctx)
+	if err == nil && s.epochOnly {
+		// A running service may have begun an epoch since the anchor was read.
+		return l.checkOnce(ctx)
+	}
+	return s, err
+}
+
+func (l Log) checkOnce(ctx context.Context) (*Status, error) {
 	anchor, anchorErr := head.ReadAnchor(l.Anchor) // before the tree
 	f, err := openFiles(l.Dir)
 	if err != nil {
@@ -255,7 +279,44 @@ func (l Log) check(ctx context.Context, f *files, anchor head.AnchorState, ancho
 		s.Pending = root.Size - min(root.Size, rec.Size)
 	}
 	s.State, s.Reason, err = l.compare(ctx, f, s, anchorErr)
-	return s, err
+	if err != nil {
+		return nil, err
+	}
+	return s, l.checkEpoch(ctx, s, anchorErr)
+}
+
+// checkEpoch holds the epoch of a readable anchor against the configuration and,
+// if it is open, the counter. A tree that continues its anchor is read-only all
+// the same if the anchor is not of the counter's epoch.
+func (l Log) checkEpoch(ctx context.Context, s *Status, anchorErr error) error {
+	s.Bound = l.Counter != nil
+	if l.Hardware != nil {
+		value, err := l.Hardware.Value(ctx)
+		if err != nil {
+			return fmt.Errorf("read counter: %w", err)
+		}
+		s.Counter = &value
+	}
+	if anchorErr != nil {
+		return nil
+	}
+	rec := s.anchor.Record
+	s.Epoch = rec.Epoch
+	if s.State != Consistent && s.State != Accepted {
+		return nil
+	}
+	var err error
+	switch {
+	case l.Hardware != nil || !s.Bound:
+		_, err = rec.CheckEpoch(ctx, l.Hardware, l.Public)
+	case rec.Epoch == 0:
+		err = fmt.Errorf("a hardware counter is configured but the anchor is not bound to it: %w", head.ErrEpoch)
+	}
+	if errors.Is(err, head.ErrEpoch) {
+		s.State, s.Reason, s.epochOnly = Latched, err.Error(), true
+		return nil
+	}
+	return err
 }
 
 func (l Log) compare(ctx context.Context, f *files, s *Status, anchorErr error) (State, string, error) {

@@ -70,7 +70,11 @@ func (l Log) Lost(ctx context.Context, p Progress) (*Status, error) {
 // goes on with: it writes an incident file beside the anchor, and then the
 // anchor. The service must be stopped. It returns the incident file's path.
 // Errors: ErrRunning, ErrNotProven when the tree or the anchor has changed
-// since Lost.
+// since Lost, ErrCounter.
+//
+// The new anchor record is bound to the value of the log's hardware counter, if
+// the configuration names one; if nothing but the epoch keeps the log read-only,
+// the anchored head stays and its epoch alone is replaced.
 func (l Log) AcceptLoss(ctx context.Context, s *Status, now time.Time) (file string, err error) {
 	lock, err := store.Open(l.Dir, store.Options{})
 	if errors.Is(err, store.ErrLocked) {
@@ -80,24 +84,47 @@ func (l Log) AcceptLoss(ctx context.Context, s *Status, now time.Time) (file str
 		return "", fmt.Errorf("log %s: %w", l.Name, err)
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if l.Counter != nil && l.Hardware == nil {
+		return "", fmt.Errorf("log %s: %w", l.Name, ErrCounter)
+	}
 	again, err := l.Check(ctx)
 	if err != nil {
 		return "", err
 	}
-	if again.Tree.Size != s.Tree.Size || again.Tree.Root != s.Tree.Root || again.AnchorSequence != s.AnchorSequence || again.State != Latched {
+	if again.epochOnly != s.epochOnly || again.Tree.Size != s.Tree.Size || again.Tree.Root != s.Tree.Root || again.AnchorSequence != s.AnchorSequence || again.State != Latched {
 		return "", fmt.Errorf("log %s changed meanwhile: %w", l.Name, ErrNotProven)
 	}
-	_, err = head.AcceptLoss(l.Anchor, head.Loss{
-		Key: l.Public, Format: l.Format, Size: s.Tree.Size, Root: tree.Hash(s.Tree.Root), Time: now,
-		Report: func(old, next head.Record, raw []byte, lost bool) error {
-			file = filepath.Join(filepath.Dir(l.Anchor), fmt.Sprintf("%s-incident-%s-%d.json", l.Name, now.UTC().Format("20060102T150405Z"), next.Sequence))
-			return l.report(file, s, old, next, raw, lost)
-		},
-	})
+	report := func(old, next head.Record, raw []byte, lost bool) error {
+		file = filepath.Join(filepath.Dir(l.Anchor), fmt.Sprintf("%s-incident-%s-%d.json", l.Name, now.UTC().Format("20060102T150405Z"), next.Sequence))
+		return l.report(file, s, old, next, raw, lost)
+	}
+	if s.epochOnly {
+		_, err = head.AcceptEpoch(l.Anchor, head.EpochChange{
+			Key: l.Public, Format: l.Format, Epoch: again.epoch(),
+			Report: func(old, next head.Record, raw []byte) error { return report(old, next, raw, false) },
+		})
+	} else {
+		_, err = head.AcceptLoss(l.Anchor, head.Loss{
+			Key: l.Public, Format: l.Format, Size: s.Tree.Size, Root: tree.Hash(s.Tree.Root), Time: now,
+			Epoch: again.epoch(), Report: report,
+		})
+	}
 	if err != nil {
 		return "", fmt.Errorf("log %s: %w", l.Name, err)
 	}
 	return file, nil
+}
+
+// EpochOnly says whether the log is read-only because of its epoch alone: the
+// tree continues the anchored head, and no leaf is lost.
+func (s *Status) EpochOnly() bool { return s.epochOnly }
+
+// epoch is the one to which an acceptance binds the anchor.
+func (s *Status) epoch() uint64 {
+	if s.Counter == nil {
+		return 0
+	}
+	return *s.Counter
 }
 
 // report writes the incident file durably.

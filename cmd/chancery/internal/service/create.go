@@ -36,8 +36,9 @@ func Create(ctx context.Context, cfg *config.Config, opts Options) error {
 }
 
 // Add makes those logs of the configuration that do not exist, and leaves the
-// others as they are. It returns the names of both, as LogPlaces has them. When
-// one exists in part nothing is made: ErrHalfLog.
+// others as they are, but for a configured counter that does not exist. It returns
+// the names of both, as LogPlaces has them. When one exists in part no log is
+// made: ErrHalfLog.
 func Add(ctx context.Context, cfg *config.Config, opts Options) (made, kept []string, err error) {
 	return create(ctx, cfg, opts, true)
 }
@@ -68,6 +69,13 @@ func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (ma
 			return nil, nil, fmt.Errorf("create log %s: %w", place.Name, ErrLogExists)
 		case there:
 			kept = append(kept, place.Name)
+			added, err := addCounter(ctx, tokens, place)
+			if err != nil {
+				return made, kept, fmt.Errorf("create counter of log %s: %w", place.Name, err)
+			}
+			if added {
+				made = append(made, "the counter of "+place.Name)
+			}
 		default:
 			missing = append(missing, place)
 		}
@@ -114,6 +122,20 @@ func begin(ctx context.Context, engine *tree.Engine, tokens *openTokens, place L
 		return fmt.Errorf("create log %s: %w", place.Name, err)
 	}
 	return nil
+}
+
+// addCounter makes the configured counter of a log that exists if nothing is at
+// its index. The anchor is not bound to it by that: an operator does so.
+func addCounter(ctx context.Context, tokens *openTokens, place LogPlace) (bool, error) {
+	if place.Counter == nil {
+		return false, nil
+	}
+	_, err := OpenCounter(ctx, tokens.open[place.Counter.Token], place.Counter)
+	if !errors.Is(err, hsm.ErrNotFound) {
+		return false, err
+	}
+	_, err = newCounter(ctx, tokens, place.Counter)
+	return err == nil, err
 }
 
 // newCounter makes the counter and returns its value, 0 where there is to be
