@@ -12,6 +12,7 @@ LINT_V      := v2.15.0
 LINT        := $(BIN)/golangci-lint-$(LINT_V)
 BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
+FUZZ        ?=
 GROWTH      ?= 10000000
 POINTS      ?= 2000
 
@@ -79,8 +80,8 @@ torture: deps ## kill the log, fail its calls and cut its power, at POINTS point
 torture-hsm: deps ## fail every call to the token while keys sign, and take it away; prints what came of it
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -timeout 20m -v ./test/hsmtorture
 
-fuzz: deps ## run every fuzz target for FUZZTIME ("60s", or "3000x" inputs)
-	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz
+fuzz: deps ## run every fuzz target (of the folders FUZZ) for FUZZTIME, 60s or 3000x
+	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz $(FUZZ)
 
 clean: ## remove what was built
 	rm -rf $(BIN)

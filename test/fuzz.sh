@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Runs every fuzz target of the module, each for $1 ("60s", or "3000x" inputs),
-# and keeps what it learns in $2. Ends at the first target that finds something;
-# the input is then in testdata/fuzz beside the target.
+# Runs every fuzz target of the module, or of the folders $3 and on, each for $1
+# ("60s", or "3000x" inputs), and keeps what it learns in $2. Ends at the first
+# target that finds something; the input is then in testdata/fuzz beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fuzztime=$1
 mkdir -p "$2"
 work=$(cd "$2" && pwd)
+shift 2
+[ $# -gt 0 ] || set -- .
 out=$work/last.txt
 
 # An input that is under way when the time is over ends the run with this text
@@ -16,7 +18,7 @@ overtime() {
 }
 
 ran=0
-for dir in $(git ls-files '*_test.go' | xargs grep -l '^func Fuzz' | xargs -n 1 dirname | sort -u); do
+for dir in $(git ls-files -- "$@" | grep '_test.go$' | xargs grep -l '^func Fuzz' | xargs -n 1 dirname | sort -u); do
   # One instrumented binary for each package; its targets run one after another.
   binary=$work/${dir//\//-}.test
   go test -c -fuzz . -o "$binary" "./$dir"
