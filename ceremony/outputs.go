@@ -214,7 +214,8 @@ func (f *facts) keyRing() (*trust.KeyRing, error) {
 		if !ok {
 			return nil, fmt.Errorf("%w: key %s was not made", ErrTranscript, name)
 		}
-		ring.Keys[u.role] = trust.Key{Token: f.def.Keys[name].Token, URI: k.evidence.URI, SPKI: k.spki}
+		token := f.def.Keys[name].Token
+		ring.Keys[u.role] = trust.Key{Token: token, URI: placedURI(k.evidence.URI, f.def.Tokens[token].URI), SPKI: k.spki}
 	}
 	return ring, nil
 }
@@ -230,6 +231,20 @@ func observedURI(info hsm.TokenInfo, defined string) string {
 		uri += ";serial=" + escape(info.Serial)
 	}
 	return uri
+}
+
+// placedURI names a key of a TPM in the folder of the definition, which may be
+// relative to the outputs: they can then be moved with the key files in them.
+// Another key keeps the name under which it was observed.
+func placedURI(observed, defined string) string {
+	const scheme = "tpm2:"
+	folder, _, _ := strings.Cut(strings.TrimPrefix(defined, scheme), "?")
+	path, query, _ := strings.Cut(strings.TrimPrefix(observed, scheme), "?")
+	file := strings.LastIndexByte(path, '/')
+	if !strings.HasPrefix(defined, scheme) || !strings.HasPrefix(observed, scheme) || folder == "" || file < 0 {
+		return observed
+	}
+	return scheme + folder + path[file:] + "?" + query
 }
 
 // escape percent-encodes what is not unreserved (RFC 7512, 2.3).
