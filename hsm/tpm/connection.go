@@ -94,13 +94,14 @@ func (c *connection) begin() error {
 	return nil
 }
 
-// Send carries a command to the TPM. It sends it again as long as the TPM asks
-// for that, and after making room if our objects fill it. It implements
-// transport.TPM.
+// Send carries a command to the TPM. It sends it again if the TPM asks for that,
+// for half of the deadline, and after making room if our objects fill it. It
+// implements transport.TPM.
 func (c *connection) Send(command []byte) ([]byte, error) {
 	// Later than the queue's watch and the context of connect, which say what
 	// has happened better than a failed read does.
 	deadline := time.Now().Add(2 * c.cfg.Deadline)
+	patient := time.Now().Add(c.cfg.Deadline / 2)
 	for pause := time.Millisecond; ; {
 		response, err := c.device.exchange(command, deadline)
 		if err != nil {
@@ -109,7 +110,7 @@ func (c *connection) Send(command []byte) ([]byte, error) {
 		}
 		switch patienceWith(tpm2.TPMRC(binary.BigEndian.Uint32(response[6:]))) {
 		case again:
-			if time.Until(deadline) > c.cfg.Deadline+pause {
+			if time.Until(patient) > pause {
 				time.Sleep(pause)
 				pause = min(2*pause, 100*time.Millisecond)
 				continue
@@ -220,7 +221,6 @@ func (c *connection) readInfo() (hsm.TokenInfo, error) {
 		Model:        text(tpm2.TPMPTVendorString1, tpm2.TPMPTVendorString2, tpm2.TPMPTVendorString3, tpm2.TPMPTVendorString4),
 		Firmware:     fmt.Sprintf("%d.%d.%d.%d", v1>>16, v1&0xFFFF, v2>>16, v2&0xFFFF),
 		Hardware:     fmt.Sprintf("TPM %s revision %d.%02d", text(tpm2.TPMPTFamilyIndicator), revision/100, revision%100),
-		Module:       c.cfg.Device,
 		Flags:        permanentFlags(variable[tpm2.TPMPTPermanent]),
 	}, nil
 }
