@@ -90,6 +90,21 @@ func (d *Definition) Source() []byte { return bytes.Clone(d.source) }
 // Hash returns the SHA-256 of Source.
 func (d *Definition) Hash() [sha256.Size]byte { return sha256.Sum256(d.source) }
 
+// Rehearsal returns the definition as it is rehearsed: in the environment
+// rehearsal, at any time. Its source and hash stay the same, so that people
+// practise with the words of the real day.
+func (d *Definition) Rehearsal() (*Definition, error) {
+	if d.Environment == Rehearsal {
+		return d, nil
+	}
+	r := *d
+	r.Environment, r.Window = Rehearsal, Window{}
+	if err := r.validate(); err != nil {
+		return nil, fmt.Errorf("as a rehearsal: %w", err)
+	}
+	return &r, nil
+}
+
 // Window is when the ceremony may run, ends included. A production ceremony
 // has both ends; a rehearsal may leave them out.
 type Window struct {
@@ -131,6 +146,12 @@ type Token struct {
 	Module string `yaml:"module"`
 	// MustBeEmpty stops the ceremony when the token has a private key.
 	MustBeEmpty bool `yaml:"must-be-empty"`
+	// AcceptSoftware lets a production ceremony use a token that is known to be
+	// software. Everyone reads it aloud.
+	AcceptSoftware bool `yaml:"accept-software"`
+	// PINParts is how many people type a part of the PIN, one after the other;
+	// 0 means 1.
+	PINParts int `yaml:"pin-parts"`
 }
 
 // Label returns the token's label as its URI has it, or "".

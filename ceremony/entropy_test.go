@@ -60,41 +60,39 @@ func TestRandomHealth(t *testing.T) {
 
 func TestCheckReveals(t *testing.T) {
 	a, b, hw := bytes.Repeat([]byte{1}, shareSize), bytes.Repeat([]byte{2}, shareSize), bytes.Repeat([]byte{3}, shareSize)
-	in := entropyIntent{Commitments: []contribution{
+	in := []contribution{
 		{Contributor: "w1", Commitment: commit("w1", a)},
 		{Contributor: "w2", Commitment: commit("w2", b)},
 		{Contributor: hardwareShare, Commitment: commit(hardwareShare, hw)},
-	}}
+	}
 	reveal := func(who string, share []byte) contribution {
 		return contribution{Contributor: who, Value: hex.EncodeToString(share)}
 	}
 	good := []contribution{reveal("w1", a), reveal("w2", b), reveal(hardwareShare, hw)}
 	// By hand: (printf 'chancery seed v1\0'; for each commitment and share, xxd -r -p) | sha256sum
 	const want = "ce8570674a106ae705f07c343d1afeacb4e7d9a0aabf6940d47be6a9f0786dcf"
-	seed, err := checkReveals(&in, &entropyResult{Reveals: good})
+	seed, err := checkReveals(in, good)
 	if err != nil || hex.EncodeToString(seed[:]) != want {
 		t.Errorf("seed %x, %v; want %s", seed, err, want)
 	}
 	for _, tc := range []struct {
 		name    string
-		in      entropyIntent
+		in      []contribution
 		reveals []contribution
-		seed    string
 	}{
-		{"another share", in, []contribution{reveal("w1", b), reveal("w2", b), reveal(hardwareShare, hw)}, ""},
-		{"shares swapped", in, []contribution{reveal("w2", b), reveal("w1", a), reveal(hardwareShare, hw)}, ""},
-		{"a share missing", in, good[:2], ""},
-		{"a share more", in, append(good, reveal("w3", a)), ""},
-		{"a short share", in, []contribution{reveal("w1", a[:31]), reveal("w2", b), reveal(hardwareShare, hw)}, ""},
-		{"not hexadecimal", in, []contribution{{Contributor: "w1", Value: "zz"}, reveal("w2", b), reveal(hardwareShare, hw)}, ""},
-		{"another seed recorded", in, good, "00"},
-		{"no hardware", entropyIntent{Commitments: in.Commitments[:2]}, good[:2], ""},
-		{"nothing", entropyIntent{}, nil, ""},
-		{"a commitment copied from another", entropyIntent{Commitments: []contribution{
-			in.Commitments[0], {Contributor: "w2", Commitment: in.Commitments[0].Commitment}, in.Commitments[2]}},
-			[]contribution{reveal("w1", a), reveal("w2", a), reveal(hardwareShare, hw)}, ""},
+		{"another share", in, []contribution{reveal("w1", b), reveal("w2", b), reveal(hardwareShare, hw)}},
+		{"shares swapped", in, []contribution{reveal("w2", b), reveal("w1", a), reveal(hardwareShare, hw)}},
+		{"a share missing", in, good[:2]},
+		{"a share more", in, append(good, reveal("w3", a))},
+		{"a short share", in, []contribution{reveal("w1", a[:31]), reveal("w2", b), reveal(hardwareShare, hw)}},
+		{"not hexadecimal", in, []contribution{{Contributor: "w1", Value: "zz"}, reveal("w2", b), reveal(hardwareShare, hw)}},
+		{"no hardware", in[:2], good[:2]},
+		{"nothing", nil, nil},
+		{"a commitment copied from another", []contribution{
+			in[0], {Contributor: "w2", Commitment: in[0].Commitment}, in[2]},
+			[]contribution{reveal("w1", a), reveal("w2", a), reveal(hardwareShare, hw)}},
 	} {
-		if _, err := checkReveals(&tc.in, &entropyResult{Reveals: tc.reveals, Seed: tc.seed}); !errors.Is(err, ErrEntropy) {
+		if _, err := checkReveals(tc.in, tc.reveals); !errors.Is(err, ErrEntropy) {
 			t.Errorf("%s: %v, want ErrEntropy", tc.name, err)
 		}
 	}

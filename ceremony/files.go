@@ -46,7 +46,7 @@ func (f File) write(dir string) error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("write %s: %w", f.Name, err)
 	}
-	temp := filepath.Join(filepath.Dir(path), ".partial-"+filepath.Base(path))
+	temp := filepath.Join(filepath.Dir(path), partialName(filepath.Base(path)))
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("write %s: remove partial file: %w", f.Name, err)
 	}
@@ -67,6 +67,9 @@ func (f File) write(dir string) error {
 	}
 	return nil
 }
+
+// partialName is where a file's octets are until they are on disk.
+func partialName(base string) string { return ".partial-" + base }
 
 // writeExclusive creates path (O_EXCL), writes and syncs it, and on an error
 // removes what it made.

@@ -2,6 +2,7 @@ package ceremony
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -9,10 +10,9 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
-
-	"github.com/tyler-smith/go-bip39"
 
 	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/ceremony/trust"
@@ -26,24 +26,8 @@ const (
 	evidenceFolder = "evidence/"
 )
 
-// outputNames lists every file that the ceremony will write, but the
-// transcript.
-func outputNames(d *Definition) []string {
-	names := []string{
-		definitionName, "root.pem", "intermediate.pem", "chain.pem", "tsa-chain.pem", "ct.pub", "rekor.pub",
-		"keys.yaml", "trusted_root.json", "signing_config.v0.2.json", "client_trust_config.json", ChecksumsName,
-	}
-	if d.Service.Logs.RekorV1 != nil {
-		names = append(names, "rekor-v1.pub")
-	}
-	for _, key := range sorted(d.Keys) {
-		names = append(names, evidenceFolder+key+".json")
-	}
-	return names
-}
-
 // outputs records what will be written, then writes it.
-func (r *run) outputs(s Step) error {
+func (r *run) outputs(_ context.Context, s Step) error {
 	files, err := r.facts.outputFiles()
 	if err != nil {
 		return err
@@ -61,43 +45,98 @@ func (r *run) outputs(s Step) error {
 	return r.record(s, Done, outputsData{Files: files})
 }
 
-// checksums writes the last file, after the transcript is complete: it covers
-// the transcript too.
-func (r *run) checksums() error {
-	files, err := r.facts.outputFiles()
+// takeOutputs compares the announced files with those that follow from the
+// records before.
+func (f *facts) takeOutputs(rec *Record, _ Step) error {
+	var d outputsData
+	if err := rec.decode(&d); err != nil {
+		return err
+	}
+	if rec.Type != Intent && rec.Type != Done || (rec.Type == Intent) == f.announced {
+		return bad(rec, "files were not announced once")
+	}
+	files, err := f.outputFiles()
+	if err != nil {
+		return bad(rec, "%w", err)
+	}
+	same := func(a, b File) bool { return a.Name == b.Name && a.SHA256 == b.SHA256 && a.Size == b.Size }
+	if !slices.EqualFunc(files, d.Files, same) {
+		return bad(rec, "the files are not those that follow from the records")
+	}
+	f.announced = true
+	return nil
+}
+
+// finish writes what covers the whole transcript, after its last record.
+func (r *run) finish() error {
+	files, err := r.facts.allFiles(r.transcript.Records())
 	if err != nil {
 		return err
 	}
-	f, err := r.facts.checksumsFile(files, r.transcript.Records())
-	if err != nil {
-		return err
+	for _, f := range files {
+		if f.Name == TranscriptName {
+			continue // it writes itself
+		}
+		if err := f.write(r.opts.Dir); err != nil {
+			return err
+		}
 	}
-	return f.write(r.opts.Dir)
+	return nil
+}
+
+// outputFiles makes the definition's copy and what the kind of ceremony makes.
+// It is a pure function of the definition and the records: run twice, or by a
+// verifier, it gives the same octets.
+func (f *facts) outputFiles() ([]File, error) {
+	kind, err := kindOf(f.def.Kind)
+	if err != nil {
+		return nil, err
+	}
+	files, err := kind.files(f)
+	if err != nil {
+		return nil, err
+	}
+	return append([]File{newFile(definitionName, f.def.source)}, files...), nil
+}
+
+// allFiles makes every file of a ceremony that is over. An aborted one has no
+// outputs but the record of its end.
+func (f *facts) allFiles(records []Record) ([]File, error) {
+	files := []File{newFile(definitionName, f.def.source)}
+	if f.announced {
+		var err error
+		if files, err = f.outputFiles(); err != nil {
+			return nil, err
+		}
+	}
+	files = append(files, f.checkpointFile())
+	for _, p := range f.def.witnesses() {
+		if a := f.answers[p.ID]; a.Signature != "" {
+			files = append(files, newFile(SignatureName(p.ID), []byte(a.Signature)))
+		}
+	}
+	transcript, err := transcriptFile(records)
+	if err != nil {
+		return nil, err
+	}
+	files = append(files, transcript, f.markdown(records))
+	return append(files, f.checksumsFile(files)), nil
 }
 
 // checksumsFile is read by "sha256sum -c"; its comments have the words that
 // are read aloud.
-func (f *facts) checksumsFile(files []File, records []Record) (File, error) {
-	transcript, err := transcriptFile(records)
-	if err != nil {
-		return File{}, err
-	}
+func (f *facts) checksumsFile(files []File) File {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "# Ceremony %s. Check with: sha256sum -c %s\n", f.def.ID, ChecksumsName)
-	for _, w := range []struct {
-		what string
-		hash [sha256.Size]byte
-	}{
-		{"definition", f.def.Hash()},
-		{"root certificate", sha256.Sum256(f.certs[f.def.certificateOfKind(profile.Root)].Raw)},
-		{"last record", f.head},
-	} {
-		fmt.Fprintf(&b, "# %s: %s\n", w.what, Words(w.hash))
+	fmt.Fprintf(&b, "# Ceremony %s: %s. Check with: sha256sum -c %s\n", f.def.ID, f.status, ChecksumsName)
+	fmt.Fprintf(&b, "# definition: %s\n", Words(f.def.Hash()))
+	if root := f.certs[f.def.certificateOfKind(profile.Root)]; root != nil {
+		fmt.Fprintf(&b, "# root certificate: %s\n", Words(sha256.Sum256(root.Raw)))
 	}
-	for _, file := range append(files, transcript) {
+	fmt.Fprintf(&b, "# checkpoint: %s\n# last record: %s\n", Words(f.root), Words(f.head))
+	for _, file := range files {
 		fmt.Fprintf(&b, "%s  %s\n", file.SHA256, file.Name)
 	}
-	return newFile(ChecksumsName, b.Bytes()), nil
+	return newFile(ChecksumsName, b.Bytes())
 }
 
 // transcriptFile returns the octets that the records have on disk.
@@ -114,20 +153,8 @@ func transcriptFile(records []Record) (File, error) {
 	return newFile(TranscriptName, b.Bytes()), nil
 }
 
-// Words returns a SHA-256 as the 24 words of BIP-39's English list, whose last
-// word carries a checksum: for reading aloud.
-func Words(hash [sha256.Size]byte) string {
-	words, err := bip39.NewMnemonic(hash[:])
-	if err != nil { // 256 bits are a length that BIP-39 has
-		return ""
-	}
-	return words
-}
-
-// outputFiles makes every output but the transcript and the checksums. It is a
-// pure function of the definition and the records: run twice, or by a
-// verifier, it gives the same octets.
-func (f *facts) outputFiles() ([]File, error) {
+// genesisFiles makes what a new trust root consists of.
+func (f *facts) genesisFiles() ([]File, error) {
 	d := f.def
 	root, inter := f.certs[d.certificateOfKind(profile.Root)], f.certs[d.certificateOfKind(profile.Intermediate)]
 	tsaRoot, tsa := f.certs[d.certificateOfKind(profile.TSARoot)], f.certs[d.certificateOfKind(profile.TSA)]
@@ -135,7 +162,6 @@ func (f *facts) outputFiles() ([]File, error) {
 		return nil, fmt.Errorf("%w: a certificate is missing", ErrTranscript)
 	}
 	files := []File{
-		newFile(definitionName, d.source),
 		newFile("root.pem", certificatePEM(root)),
 		newFile("intermediate.pem", certificatePEM(inter)),
 		newFile("chain.pem", certificatePEM(inter, root)),
@@ -150,8 +176,14 @@ func (f *facts) outputFiles() ([]File, error) {
 	if err != nil {
 		return nil, err
 	}
-	files = append(files, trustFiles...)
-	for _, name := range sorted(d.Keys) {
+	evidence, err := f.evidenceFiles()
+	return slices.Concat(files, trustFiles, evidence), err
+}
+
+// evidenceFiles has one file for each key that was made.
+func (f *facts) evidenceFiles() ([]File, error) {
+	var files []File
+	for _, name := range sorted(f.keys) {
 		raw, err := json.MarshalIndent(f.keys[name].evidence, "", "  ")
 		if err != nil {
 			return nil, fmt.Errorf("encode evidence of %s: %w", name, err)

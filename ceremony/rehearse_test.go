@@ -3,7 +3,6 @@ package ceremony
 import (
 	"bytes"
 	"context"
-	"crypto"
 	"encoding/hex"
 	"errors"
 	"os"
@@ -51,7 +50,7 @@ func rehearsed(t testing.TB) (*Definition, *Result, Options) {
 }
 
 func outputsComplete(t *testing.T, d *Definition, res *Result, opts Options) {
-	for _, name := range append(outputNames(d), TranscriptName) {
+	for _, name := range fileNames(res) {
 		info, err := os.Stat(filepath.Join(opts.Dir, name))
 		if err != nil || info.Size() == 0 {
 			t.Errorf("output %s: %v", name, err)
@@ -94,10 +93,10 @@ func TestResumeAfterEveryRecord(t *testing.T) {
 	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Resume: true}
 	kills := 0
 	for ; ; kills++ {
-		// One reading of the clock before anything is written, one for a
-		// record, one more for a certificate's dates. Two after three, because
-		// an interrupted entropy step begins anew.
-		opts.Now = killAfter(2 + kills%2)
+		// One reading of the clock before anything is written, one for each
+		// record, and more in some steps. Up to six, because an interrupted
+		// entropy step begins anew and writes four records.
+		opts.Now = killAfter(2 + kills%5)
 		_, err := Rehearse(context.Background(), d, opts)
 		if err == nil {
 			break
@@ -232,8 +231,6 @@ func TestRehearseRefuses(t *testing.T) {
 		{"a random source that is dry", &faulty{random: func(int) []byte { return nil }}, nil, ErrEntropy},
 		{"a token that is lost", &faulty{generate: hsm.ErrLost}, nil, hsm.ErrLost},
 		{"a token that is missing", nil, func(o *Options) { delete(o.Tokens, DemoOnlineToken) }, hsm.ErrNotFound},
-		{"a share of the wrong size", nil, func(o *Options) { o.Shares = map[string][]byte{"w1": make([]byte, 31)} }, ErrEntropy},
-		{"a share of a stranger", nil, func(o *Options) { o.Shares = map[string][]byte{"w9": make([]byte, shareSize)} }, ErrEntropy},
 		{"an output that exists", nil, func(o *Options) { place(t, o.Dir, "root.pem") }, ErrOutputExists},
 		{"a transcript that exists", nil, func(o *Options) { place(t, o.Dir, TranscriptName) }, ErrOutputExists},
 		{"another definition in the folder", nil, func(o *Options) { place(t, o.Dir, definitionName) }, ErrOutputExists},
@@ -281,37 +278,75 @@ func TestRehearseTokenNotEmpty(t *testing.T) {
 	}
 }
 
-// Resuming stops when the token has not exactly what was announced, and when
-// the definition is another.
-func TestResumeStops(t *testing.T) {
-	d := demoDefinition(t)
-	tokens := twoTokens(t)
-	opts := Options{Tokens: tokens, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+// What is in the token in place of an announced key stops the ceremony for
+// good: it can be looked at, and aborted.
+func TestQuarantine(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		fault func(*faulty)
+	}{
+		{"two keys with the announced id", func(f *faulty) { f.find = hsm.ErrAmbiguous }},
+		{"a key that breaks the policy", func(f *faulty) { f.find = hsm.ErrPolicy }},
+		{"half a pair", func(f *faulty) { f.generate = hsm.ErrExists }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d, opts, root := interrupted(t)
+			root.generate = nil
+			tc.fault(root)
+			if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrStopped) {
+				t.Errorf("resume: %v, want ErrStopped", err)
+			}
+			root.generate, root.find = nil, nil
+			if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrStopped) {
+				t.Errorf("resume with the token as it should be: %v, want ErrStopped", err)
+			}
+			opts.People = Practice{}
+			if err := Abort(t.Context(), d, opts, "w1", "the token holds half a key"); err != nil {
+				t.Fatal(err)
+			}
+			err := Verify(opts.Dir).Err()
+			if !errors.Is(err, ErrAborted) || errors.Is(err, ErrTranscript) {
+				t.Errorf("verify: %v, want ErrAborted alone", err)
+			}
+			if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrAborted) {
+				t.Errorf("resume after the end: %v, want ErrAborted", err)
+			}
+		})
+	}
+}
+
+// interrupted returns a ceremony that stopped after it announced its first key.
+func interrupted(t *testing.T) (*Definition, Options, *faulty) {
+	t.Helper()
+	d, tokens := demoDefinition(t), twoTokens(t)
 	root := &faulty{Token: tokens[DemoRootToken], generate: hsm.ErrLost}
-	opts.Tokens = map[string]hsm.Token{DemoRootToken: root, DemoOnlineToken: tokens[DemoOnlineToken]}
-	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, hsm.ErrLost) {
+	tokens[DemoRootToken] = root
+	opts := Options{Tokens: tokens, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, hsm.ErrLost) {
 		t.Fatalf("error %v, want ErrLost", err)
 	}
 	opts.Resume = true
-	root.generate, root.find = nil, hsm.ErrAmbiguous
-	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrStopped) {
-		t.Errorf("two keys with the announced id: %v, want ErrStopped", err)
+	return d, opts, root
+}
+
+// A token that does not answer is no reason for quarantine, and another
+// definition never goes on with a ceremony.
+func TestResumeGoesOn(t *testing.T) {
+	d, opts, root := interrupted(t)
+	root.generate, root.find = nil, hsm.ErrLost
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, hsm.ErrLost) || errors.Is(err, ErrStopped) {
+		t.Errorf("a lost token: %v, want ErrLost alone", err)
 	}
-	root.generate, root.find = hsm.ErrExists, nil
-	if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, ErrStopped) {
-		t.Errorf("half a pair: %v, want ErrStopped", err)
-	}
-	root.generate = nil
+	root.find = nil
 	other := strings.Replace(string(d.Source()), "years: 10", "years: 20", 1)
 	changed, err := ParseDefinition([]byte(other))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Rehearse(context.Background(), changed, opts); !errors.Is(err, ErrDefinition) {
+	if _, err := Rehearse(t.Context(), changed, opts); !errors.Is(err, ErrDefinition) {
 		t.Errorf("another definition: %v, want ErrDefinition", err)
 	}
-	root.find = nil
-	if _, err := Rehearse(context.Background(), d, opts); err != nil {
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
 		t.Errorf("resuming on a good token: %v", err)
 	}
 }
@@ -320,7 +355,10 @@ func TestResumeStops(t *testing.T) {
 func TestRehearseShares(t *testing.T) {
 	d := demoDefinition(t)
 	share := bytes.Repeat([]byte{7}, shareSize)
-	opts := Options{Tokens: twoTokens(t), Dir: t.TempDir(), Now: fixedClock, Shares: map[string][]byte{"w2": share}}
+	opts := Options{
+		Tokens: twoTokens(t), Dir: t.TempDir(), Now: fixedClock,
+		People: &Prepared{Answers: map[string]string{"entropy:w2": hex.EncodeToString(share)}, Next: Practice{}},
+	}
 	if _, err := Rehearse(t.Context(), d, opts); err != nil {
 		t.Fatal(err)
 	}
@@ -426,28 +464,3 @@ func TestRehearseCancelled(t *testing.T) {
 	}
 }
 
-// repeating is a key whose signatures are all the same.
-type repeating struct {
-	hsm.Key
-	first []byte
-}
-
-func (r *repeating) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if r.first == nil {
-		var err error
-		if r.first, err = r.Key.SignContext(ctx, digest, opts); err != nil {
-			return nil, err
-		}
-	}
-	return r.first, nil
-}
-
-func TestDistinctR(t *testing.T) {
-	key := hsmtest.SoftwareKey(hsm.ECDSAP256)
-	if n, err := distinctR(t.Context(), key, hsm.ECDSAP256); err != nil || n != rSignatures {
-		t.Errorf("a good key: %d, %v", n, err)
-	}
-	if _, err := distinctR(t.Context(), &repeating{Key: key}, hsm.ECDSAP256); !errors.Is(err, hsm.ErrBadSignature) {
-		t.Errorf("a key that repeats its nonce: %v, want ErrBadSignature", err)
-	}
-}

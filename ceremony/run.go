@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"time"
 
@@ -22,15 +21,28 @@ import (
 // Errors that callers branch on.
 var (
 	// ErrEnvironment: the ceremony is not a rehearsal, or a token of a
-	// rehearsal is not known to be software.
-	ErrEnvironment = errors.New("not a rehearsal")
+	// rehearsal is not known to be software, or one of a production ceremony
+	// is.
+	ErrEnvironment = errors.New("wrong environment")
 	// ErrWindow: the clock is outside the definition's window.
 	ErrWindow = errors.New("outside the ceremony's window")
 	// ErrNotEmpty: a token that must be empty has a private key.
 	ErrNotEmpty = errors.New("token is not empty")
+	// ErrModule: a PKCS#11 library is not the one that the definition pins.
+	ErrModule = errors.New("module is not the definition's")
 	// ErrStopped: the token does not hold what an interrupted ceremony
-	// announced. People have to look; nothing is repaired by itself.
+	// announced. People have to look; nothing is repaired by itself. Such a
+	// ceremony can only be aborted.
 	ErrStopped = errors.New("ceremony stopped")
+	// ErrEnded: the ceremony is over: complete, declined or aborted.
+	ErrEnded = errors.New("ceremony is over")
+	// ErrUnfinished: the ceremony is sound and waits for witnesses.
+	ErrUnfinished = errors.New("ceremony waits for its witnesses")
+	// ErrDeclined: too few witnesses signed. The ceremony is over, and its
+	// outputs are not to be used.
+	ErrDeclined = errors.New("too few witnesses signed")
+	// ErrAborted: people ended the ceremony before it was complete.
+	ErrAborted = errors.New("ceremony was aborted")
 )
 
 // actor is who writes the records that no person stands for.
@@ -38,9 +50,18 @@ const actor = "chancery-ceremony"
 
 // Options is what a run needs besides its definition.
 type Options struct {
-	// Tokens are the opened tokens, by the names of the definition. The
-	// caller closes them.
+	// Tokens are opened tokens, by the names of the definition. The caller
+	// closes them.
 	Tokens map[string]hsm.Token
+	// Open opens a token that is not in Tokens, when it is first needed: the
+	// only moment at which somebody types a PIN. The ceremony closes it. nil
+	// if Tokens has all.
+	Open func(ctx context.Context, token string) (hsm.Token, error)
+	// Inspect describes a token without a login; nil if nobody can. It is
+	// called before Open, so that people see what they type a PIN for.
+	Inspect func(ctx context.Context, token string) (hsm.Inspection, error)
+	// People are asked and told. nil means Practice, in a rehearsal.
+	People People
 	// Dir is where the outputs go; it is made if it is not there. The caller
 	// joins Definition.Outputs.Dir to a folder of its choice.
 	Dir string
@@ -49,13 +70,10 @@ type Options struct {
 	// Progress is called, from the run's goroutine, before and after every
 	// step; nil means nobody looks.
 	Progress func(Event)
-	// Shares are the contributors' values, 32 octets each, by person id. A
-	// rehearsal makes those that are missing.
-	Shares map[string][]byte
 	// Binary is the path of this program, whose hash is recorded; "" if none.
 	Binary string
 	// Resume goes on with the interrupted ceremony in Dir. Without it a Dir
-	// that has any of the outputs is refused with ErrOutputExists.
+	// that has anything in it is refused with ErrOutputExists.
 	Resume bool
 }
 
@@ -72,7 +90,7 @@ type Event struct {
 // Result is what a complete ceremony leaves.
 type Result struct {
 	Dir string
-	// Files are the outputs, without checksums.txt and the transcript.
+	// Files are all outputs, without checksums.txt.
 	Files []File
 	Keys  *trust.KeyRing
 	// Certificates are by the names of the definition.
@@ -89,28 +107,47 @@ type Result struct {
 type run struct {
 	def        *Definition
 	opts       Options
-	steps      []Step
+	people     People
 	facts      *facts
 	transcript *Transcript
+	opened     map[string]hsm.Token // by Options.Open
 }
 
-// Rehearse runs a definition whose environment is rehearsal, on tokens that
-// are known to be software. It writes the outputs to opts.Dir and returns what
-// it made. After an error, or a kill, it can be called again with Resume.
-//
-// Errors: ErrEnvironment, ErrNotInVersion, ErrOutputExists, ErrWindow,
-// ErrNotEmpty, ErrStopped, ErrEntropy, ErrTranscript, and those of the tokens.
+// Rehearse runs a definition whose environment is rehearsal (see
+// Definition.Rehearsal), on tokens that are known to be software. It writes
+// the outputs to opts.Dir and returns what it made. After an error, or a kill,
+// it can be called again with Resume. Errors are those of Run.
 func Rehearse(ctx context.Context, def *Definition, opts Options) (*Result, error) {
 	if def.Environment != Rehearsal {
-		return nil, fmt.Errorf("environment is %s: %w", def.Environment, ErrEnvironment)
+		return nil, fmt.Errorf("environment is %s, not rehearsal: %w", def.Environment, ErrEnvironment)
 	}
-	steps, err := Plan(def)
+	if opts.People == nil {
+		opts.People = Practice{}
+	}
+	return Run(ctx, def, opts)
+}
+
+// Run performs the ceremony of a definition: it does every step of its plan,
+// asks people what has to be asked, writes the outputs to opts.Dir and returns
+// what it made. After an error, or a kill, it can be called again with Resume
+// and goes on where it was.
+//
+// When ctx ends, a question is withdrawn at once; work in a token is finished
+// first, because a half-made key would end the ceremony.
+//
+// Errors: ErrEnvironment, ErrNotInVersion, ErrOutputExists, ErrWindow,
+// ErrModule, ErrNotEmpty, ErrQuorum, ErrAnswer, ErrLive, ErrStopped,
+// ErrEntropy, ErrTranscript, ErrUnfinished, ErrDeclined, ErrAborted, and those
+// of the tokens.
+func Run(ctx context.Context, def *Definition, opts Options) (*Result, error) {
+	r, err := newRun(def, opts)
 	if err != nil {
 		return nil, err
 	}
-	r := &run{def: def, opts: opts, steps: steps, facts: newFacts(def)}
-	if err := r.checkTokens(); err != nil {
-		return nil, err
+	for _, name := range sorted(opts.Tokens) {
+		if err := def.checkSoftware(name, opts.Tokens[name].Info()); err != nil {
+			return nil, err
+		}
 	}
 	if _, err := r.now(); err != nil { // before anything is written
 		return nil, err
@@ -119,25 +156,78 @@ func Rehearse(ctx context.Context, def *Definition, opts Options) (*Result, erro
 		return nil, err
 	}
 	err = r.runSteps(ctx)
-	if err = errors.Join(err, r.transcript.Close()); err != nil {
+	if err = errors.Join(err, r.closeTokens(), r.transcript.Close()); err != nil {
+		return nil, err
+	}
+	if err := r.facts.outcome(); err != nil {
 		return nil, err
 	}
 	return r.result()
 }
 
-// checkTokens wants every token of the definition, and only software.
-func (r *run) checkTokens() error {
-	for _, name := range sorted(r.def.Tokens) {
-		tok, ok := r.opts.Tokens[name]
-		if !ok || tok == nil {
-			return fmt.Errorf("token %s is not open: %w", name, hsm.ErrNotFound)
-		}
-		if info := tok.Info(); !hsm.IsSoftware(info) {
-			return fmt.Errorf("token %s is a %.40q by %.40q, not known to be software: %w",
-				name, info.Model, info.Manufacturer, ErrEnvironment)
-		}
+func newRun(def *Definition, opts Options) (*run, error) {
+	steps, err := Plan(def)
+	if err != nil {
+		return nil, err
+	}
+	if opts.People == nil {
+		return nil, fmt.Errorf("nobody to ask: %w", ErrAnswer)
+	}
+	return &run{
+		def: def, opts: opts, people: opts.People, facts: newFacts(def, steps), opened: map[string]hsm.Token{},
+	}, nil
+}
+
+// checkSoftware wants software in a rehearsal, and none in production unless
+// the definition accepts it.
+func (d *Definition) checkSoftware(name string, info hsm.TokenInfo) error {
+	software := hsm.IsSoftware(info)
+	switch {
+	case d.Environment == Rehearsal && !software:
+		return fmt.Errorf("token %s is a %.40q by %.40q, not known to be software: not for a rehearsal: %w",
+			name, info.Model, info.Manufacturer, ErrEnvironment)
+	case d.Environment == Production && software && !d.Tokens[name].AcceptSoftware:
+		return fmt.Errorf("token %s is software (%.40q): not for production: %w", name, info.Model, ErrEnvironment)
 	}
 	return nil
+}
+
+// token returns the open token of the definition, opening it if need be.
+func (r *run) token(ctx context.Context, name string) (hsm.Token, error) {
+	if tok := r.opts.Tokens[name]; tok != nil {
+		return tok, nil
+	}
+	if tok := r.opened[name]; tok != nil {
+		return tok, nil
+	}
+	if r.opts.Open == nil {
+		return nil, fmt.Errorf("token %s is not open: %w", name, hsm.ErrNotFound)
+	}
+	tok, err := r.opts.Open(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("open token %s: %w", name, err)
+	}
+	r.opened[name] = tok
+	return tok, r.def.checkSoftware(name, tok.Info())
+}
+
+// closeTokens logs out of the tokens that the ceremony opened.
+func (r *run) closeTokens() error {
+	var all []error
+	for _, name := range sorted(r.opened) {
+		all = append(all, r.opened[name].Close())
+	}
+	clear(r.opened)
+	return errors.Join(all...)
+}
+
+// deviceTime bounds one step's work in a token: 65 signatures at 6 a second
+// and a slow key generation fit in it many times.
+const deviceTime = 5 * time.Minute
+
+// device is the context for work in a token: it outlives ctx.
+func device(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), deviceTime)
 }
 
 // now is the clock within the window.
@@ -146,19 +236,20 @@ func (r *run) now() (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	w := r.def.Window
-	if !w.NotBefore.IsZero() && (now.Before(w.NotBefore) || now.After(w.NotAfter)) {
-		return time.Time{}, fmt.Errorf("it is %s, the window is %s to %s: %w", now.UTC().Format(time.RFC3339),
-			w.NotBefore.Format(time.RFC3339), w.NotAfter.Format(time.RFC3339), ErrWindow)
+	return now, r.def.Window.check(now)
+}
+
+// check says whether t is in the window; the zero window has all times.
+func (w Window) check(t time.Time) error {
+	if w.NotBefore.IsZero() || !t.Before(w.NotBefore) && !t.After(w.NotAfter) {
+		return nil
 	}
-	return now, nil
+	return fmt.Errorf("it is %s, the window is %s to %s: %w", t.UTC().Format(time.RFC3339),
+		w.NotBefore.UTC().Format(time.RFC3339), w.NotAfter.UTC().Format(time.RFC3339), ErrWindow)
 }
 
 // open makes or reopens the output folder and its transcript.
 func (r *run) open() error {
-	if err := os.MkdirAll(r.opts.Dir, 0o755); err != nil {
-		return fmt.Errorf("make output folder: %w", err)
-	}
 	path := filepath.Join(r.opts.Dir, TranscriptName)
 	_, err := os.Lstat(path)
 	exists := !errors.Is(err, fs.ErrNotExist)
@@ -168,12 +259,11 @@ func (r *run) open() error {
 	case exists:
 		return r.reopen(path)
 	}
-	for _, name := range outputNames(r.def) {
-		// A kill can leave the definition's copy without a transcript; write
-		// compares it.
-		if _, err := os.Lstat(filepath.Join(r.opts.Dir, name)); !errors.Is(err, fs.ErrNotExist) && name != definitionName {
-			return fmt.Errorf("%s: %w", name, ErrOutputExists)
-		}
+	if err := os.MkdirAll(r.opts.Dir, 0o755); err != nil {
+		return fmt.Errorf("make output folder: %w", err)
+	}
+	if err := checkFresh(r.opts.Dir); err != nil {
+		return err
 	}
 	if err := newFile(definitionName, r.def.source).write(r.opts.Dir); err != nil {
 		return err
@@ -182,54 +272,57 @@ func (r *run) open() error {
 	return err
 }
 
+// checkFresh wants nothing in the folder but what a kill before the first
+// record leaves: the definition's copy, whole (write compares it) or not.
+func checkFresh(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("list output folder: %w", err)
+	}
+	for _, e := range entries {
+		if e.Name() != definitionName && e.Name() != partialName(definitionName) {
+			return fmt.Errorf("%s: %w", e.Name(), ErrOutputExists)
+		}
+	}
+	return nil
+}
+
 // reopen replays the transcript of an interrupted run.
 func (r *run) reopen(path string) error {
 	t, err := OpenTranscript(path, r.def.ID, r.now)
 	if err != nil {
 		return err
 	}
-	if err := replay(r.facts, r.steps, t.Records()); err != nil {
-		return errors.Join(err, t.Close())
-	}
 	r.transcript = t
-	return nil
-}
-
-// replay takes the records into f, and checks that they are those of the plan
-// and in its order.
-func replay(f *facts, steps []Step, records []Record) error {
-	next := 0
-	for i := range records {
-		rec := &records[i]
-		if next == len(steps) || rec.Step != steps[next].ID {
-			return fmt.Errorf("%w: record %d: step %.80q is not the plan's next", ErrTranscript, rec.Seq, rec.Step)
-		}
-		if err := f.apply(rec, steps[next]); err != nil {
-			return err
-		}
-		if rec.Type == Done {
-			next++
-		}
+	if err := r.facts.replay(t.Records()); err != nil {
+		return errors.Join(err, t.Close())
 	}
 	return nil
 }
 
 // runSteps does every step that is not done, in order.
 func (r *run) runSteps(ctx context.Context) error {
-	for i, s := range r.steps {
+	for i, s := range r.facts.plan[:r.facts.next] {
+		r.report(Event{Step: s, Index: i + 1, Total: len(r.facts.plan), Skipped: true})
+		r.report(Event{Step: s, Index: i + 1, Total: len(r.facts.plan), Skipped: true, Done: true})
+	}
+	if name := r.facts.quarantined; name != "" && r.facts.status == "" && !r.facts.aborted() {
+		return fmt.Errorf("key %s is in quarantine: %w", name, ErrStopped)
+	}
+	for r.facts.next < len(r.facts.plan) {
+		s := r.facts.plan[r.facts.next]
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("step %s: %w", s.ID, err)
 		}
-		skipped := r.facts.done[s.ID]
-		r.report(Event{Step: s, Index: i + 1, Total: len(r.steps), Skipped: skipped})
-		if !skipped {
-			if err := r.step(ctx, s); err != nil {
-				return fmt.Errorf("step %s: %w", s.ID, err)
-			}
+		e := Event{Step: s, Index: r.facts.next + 1, Total: len(r.facts.plan)}
+		r.report(e)
+		if err := r.step(ctx, s); err != nil {
+			return fmt.Errorf("step %s: %w", s.ID, err)
 		}
-		r.report(Event{Step: s, Index: i + 1, Total: len(r.steps), Skipped: skipped, Done: true})
+		e.Done = true
+		r.report(e)
 	}
-	return r.checksums()
+	return r.finish()
 }
 
 func (r *run) report(e Event) {
@@ -238,143 +331,44 @@ func (r *run) report(e Event) {
 	}
 }
 
-// step does one step.
+// step does one step, to its end.
 func (r *run) step(ctx context.Context, s Step) error {
-	switch s.Kind {
-	case StepOpen:
-		return r.begin(s)
-	case StepInventory:
-		return r.inventory(ctx, s)
-	case StepSelfTest:
-		return r.selfTest(ctx, s)
-	case StepEntropy:
-		return r.entropy(ctx, s)
-	case StepKey:
-		return r.key(ctx, s)
-	case StepCertificate:
-		return r.certificate(ctx, s)
-	case StepOutputs:
-		return r.outputs(s)
-	case StepClose:
-		return r.record(s, Done, closeData{Status: statusComplete})
+	a, err := actionOf(s.Kind)
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("step kind %s: %w", s.Kind, ErrNotInVersion)
+	before := r.facts.next
+	if err := a.do(r, ctx, s); err != nil {
+		return err
+	}
+	if r.facts.next == before {
+		return fmt.Errorf("%w: the step has no result", ErrTranscript) // a fault of ours
+	}
+	return nil
 }
 
 // record appends to the transcript and takes the record into the facts, by the
 // same way as a verifier.
 func (r *run) record(s Step, typ RecordType, data any) error {
-	rec, err := r.transcript.Append(actor, s.ID, typ, data)
+	return r.append(actor, s, typ, data)
+}
+
+// state records what a person said.
+func (r *run) state(s Step, person string, data any) error {
+	return r.append(person, s, Statement, data)
+}
+
+func (r *run) append(who string, s Step, typ RecordType, data any) error {
+	rec, err := r.transcript.Append(who, s.ID, typ, data)
 	if err != nil {
 		return err
 	}
-	return r.facts.apply(rec, s)
+	return r.facts.apply(rec)
 }
 
-func (r *run) begin(s Step) error {
-	h := r.def.Hash()
-	data := openData{
-		Definition: hex.EncodeToString(h[:]), Kind: r.def.Kind, Environment: r.def.Environment,
-		GoVersion: runtime.Version(),
-	}
-	if r.opts.Binary != "" {
-		var err error
-		if data.Binary, err = hashFile(r.opts.Binary); err != nil {
-			return fmt.Errorf("hash this program: %w", err)
-		}
-	}
-	return r.record(s, Done, data)
-}
-
-func (r *run) inventory(ctx context.Context, s Step) error {
-	tok := r.opts.Tokens[s.Name]
-	data := inventoryData{Token: tok.Info()}
-	var err error
-	if data.Keys, err = tok.Keys(ctx); err != nil {
-		return fmt.Errorf("count keys: %w", err)
-	}
-	if data.Keys > 0 && r.def.Tokens[s.Name].MustBeEmpty {
-		return fmt.Errorf("token %s has %d private keys: %w", s.Name, data.Keys, ErrNotEmpty)
-	}
-	if data.Token.Module != "" {
-		if data.ModuleSHA256, err = hashFile(data.Token.Module); err != nil {
-			return fmt.Errorf("hash module: %w", err)
-		}
-	}
-	return r.record(s, Done, data)
-}
-
-func (r *run) selfTest(ctx context.Context, s Step) error {
-	if err := knownAnswer(); err != nil {
-		return err
-	}
-	octets, err := randomOctets(ctx, r.opts.Tokens[s.Name], healthOctets)
-	if err != nil {
-		return err
-	}
-	health, err := testRandom(octets)
-	if err != nil {
-		return err
-	}
-	return r.record(s, Done, selfTestData{Health: health, KnownAnswer: knownAnswerPass})
-}
-
-// randomOctets reads n octets in the portions that tokens give.
-func randomOctets(ctx context.Context, tok hsm.Token, n int) ([]byte, error) {
-	const portion = 1024
-	var out []byte
-	for len(out) < n {
-		b, err := tok.Random(ctx, min(portion, n-len(out)))
-		if err != nil {
-			return nil, fmt.Errorf("read random octets: %w", err)
-		}
-		if len(b) == 0 {
-			return nil, fmt.Errorf("%w: no octets", ErrEntropy)
-		}
-		out = append(out, b...)
-	}
-	return out, nil
-}
-
-// entropy collects all commitments, records them, and only then all values.
-// Interrupted in between it begins again: the earlier commitments stay in the
-// transcript for all to see.
-func (r *run) entropy(ctx context.Context, s Step) error {
-	token := r.def.Keys[r.def.keyOfRole(hsm.RoleRoot)].Token
-	hardware, err := randomOctets(ctx, r.opts.Tokens[token], shareSize)
-	if err != nil {
-		return err
-	}
-	for who := range r.opts.Shares {
-		if !slices.Contains(r.def.Entropy.Contributors, who) {
-			return fmt.Errorf("%w: share of %.40q, who is not a contributor", ErrEntropy, who)
-		}
-	}
-	intent := entropyIntent{Token: token}
-	var result entropyResult
-	add := func(who string, share []byte) {
-		intent.Commitments = append(intent.Commitments, contribution{Contributor: who, Commitment: commit(who, share)})
-		result.Reveals = append(result.Reveals, contribution{Contributor: who, Value: hex.EncodeToString(share)})
-	}
-	for _, who := range r.def.Entropy.Contributors {
-		share, ok := r.opts.Shares[who]
-		if !ok {
-			share = newShare()
-		} else if len(share) != shareSize {
-			return fmt.Errorf("%w: share of %s has %d octets, want %d", ErrEntropy, who, len(share), shareSize)
-		}
-		add(who, share)
-	}
-	add(hardwareShare, hardware)
-	if err := r.record(s, Intent, intent); err != nil {
-		return err
-	}
-	seed, err := checkReveals(&intent, &result)
-	if err != nil {
-		return err
-	}
-	result.Seed = hex.EncodeToString(seed[:])
-	return r.record(s, Done, result)
+// show tells people something.
+func (r *run) show(ctx context.Context, title string, facts ...Fact) error {
+	return r.people.Show(ctx, Notice{Title: title, Facts: facts})
 }
 
 // result describes the complete ceremony.
@@ -383,7 +377,7 @@ func (r *run) result() (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	files, err := r.facts.outputFiles()
+	files, err := r.facts.allFiles(r.transcript.Records())
 	if err != nil {
 		return nil, err
 	}
@@ -392,7 +386,8 @@ func (r *run) result() (*Result, error) {
 		roles[u.role] = key
 	}
 	return &Result{
-		Dir: r.opts.Dir, Files: files, Keys: ring, Certificates: r.facts.certs,
+		Dir: r.opts.Dir, Files: slices.DeleteFunc(files, func(f File) bool { return f.Name == ChecksumsName }),
+		Keys: ring, Certificates: r.facts.certs,
 		Roles: roles, Head: r.facts.head, Records: r.facts.records,
 	}, nil
 }

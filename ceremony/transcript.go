@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -41,7 +42,10 @@ type RecordType string
 const (
 	Intent RecordType = "intent"
 	Done   RecordType = "result"
-	Note   RecordType = "note"
+	// Statement is what a person said; the actor is the person.
+	Statement RecordType = "statement"
+	// Quarantine says that a token does not hold what was announced.
+	Quarantine RecordType = "quarantine"
 )
 
 // Record is one line of the transcript. It never contains a secret.
@@ -180,7 +184,7 @@ func checkChain(records []Record, next *Record) error {
 	if next.Seq != uint64(len(records)) {
 		return fmt.Errorf("sequence number %d, want %d", next.Seq, len(records))
 	}
-	if next.Type != Intent && next.Type != Done && next.Type != Note {
+	if !slices.Contains([]RecordType{Intent, Done, Statement, Quarantine}, next.Type) {
 		return fmt.Errorf("unknown type %.20q", next.Type)
 	}
 	if len(records) == 0 {

@@ -159,7 +159,7 @@ func TestTranscriptContinues(t *testing.T) {
 	if _, err := OpenTranscript(path, "test-ceremony", fixedClock); err == nil {
 		t.Error("two processes have one transcript")
 	}
-	if _, err := tr.Append(actor, "step", Note, testData{"four"}); err != nil {
+	if _, err := tr.Append(actor, "step", Done, testData{"four"}); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.Open(path)

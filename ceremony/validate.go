@@ -1,8 +1,6 @@
 package ceremony
 
 import (
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,6 +14,7 @@ import (
 	"unicode"
 
 	"github.com/chancery-ca/chancery/ca/profile"
+	"github.com/chancery-ca/chancery/ceremony/internal/sshsig"
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -87,6 +86,9 @@ func (d *Definition) checkHead(f *faults) {
 	}
 }
 
+// maxPeople is how many take part at most: each is asked one by one.
+const maxPeople = 32
+
 func (d *Definition) checkPeople(f *faults) {
 	count := map[PersonRole]int{}
 	seen := map[string]bool{}
@@ -109,18 +111,26 @@ func (d *Definition) checkPeople(f *faults) {
 		if p.Key == "" && d.Environment == Rehearsal {
 			continue
 		}
-		blob, err := parseSSHKey(p.Key)
+		key, err := sshsig.ParsePublicKey(p.Key)
 		if err != nil {
 			f.add("people: %s: key: %w", p.ID, err)
-		} else if other, ok := keys[blob]; ok {
+			continue
+		}
+		if other, ok := keys[key.String()]; ok {
 			f.add("people: %s and %s have one key", other, p.ID)
 		}
-		keys[blob] = p.ID
+		keys[key.String()] = p.ID
 	}
-	for role, n := range d.Quorum {
-		if n < 1 || n > count[role] {
+	if len(d.People) > maxPeople {
+		f.add("people: %d, at most %d", len(d.People), maxPeople)
+	}
+	for _, role := range sorted(d.Quorum) {
+		if n := d.Quorum[role]; n < 1 || n > count[role] {
 			f.add("quorum: %.40q: %d of %d people", role, n, count[role])
 		}
+	}
+	if d.Environment == Production && (count[Administrator] == 0 || d.Quorum[Witness] == 0) {
+		f.add("people: production needs an administrator, and a quorum of witnesses")
 	}
 	if d.Entropy.Mode != CommitReveal {
 		f.add("entropy: mode %.40q, want %s", d.Entropy.Mode, CommitReveal)
@@ -132,14 +142,17 @@ func (d *Definition) checkPeople(f *faults) {
 	}
 }
 
+// maxPINParts is how many people share a PIN at most.
+const maxPINParts = 4
+
 func (d *Definition) checkTokens(f *faults) {
 	for _, name := range sorted(d.Modules) {
 		m := d.Modules[name]
 		if !namePattern.MatchString(name) || !filepath.IsAbs(m.Path) {
 			f.add("modules: %.40q: path %.80q is not absolute, or the name is bad", name, m.Path)
 		}
-		if b, err := hex.DecodeString(m.SHA256); err != nil || len(b) != 32 {
-			f.add("modules: %.40q: sha256: want 64 hexadecimal digits", name)
+		if b, err := hex.DecodeString(m.SHA256); err != nil || len(b) != 32 || m.SHA256 != strings.ToLower(m.SHA256) {
+			f.add("modules: %.40q: sha256: want 64 hexadecimal digits in lower case", name)
 		}
 	}
 	if len(d.Tokens) == 0 {
@@ -160,6 +173,9 @@ func (d *Definition) checkTokens(f *faults) {
 		uris[t.URI] = name
 		if _, ok := d.Modules[t.Module]; t.Module != "" && !ok {
 			f.add("tokens: %s: unknown module %.40q", name, t.Module)
+		}
+		if t.PINParts < 0 || t.PINParts > maxPINParts {
+			f.add("tokens: %s: pin-parts: %d, want 1 to %d", name, t.PINParts, maxPINParts)
 		}
 		pkcs11 := strings.HasPrefix(t.URI, "pkcs11:")
 		if t.Module != "" && !pkcs11 || t.Module == "" && pkcs11 && d.Environment == Production {
@@ -523,32 +539,10 @@ func loopback(host string) bool {
 	return host == "127.0.0.1" || host == "::1" || host == "localhost"
 }
 
-// parseSSHKey reads an OpenSSH public key line of type ssh-ed25519
-// (RFC 8709, Section 4) and returns its blob.
-func parseSSHKey(line string) (string, error) {
-	const algorithm = "ssh-ed25519"
-	fields := strings.Fields(line)
-	if len(fields) < 2 || fields[0] != algorithm {
-		return "", fmt.Errorf("want a line that begins with %s", algorithm)
-	}
-	blob, err := base64.StdEncoding.DecodeString(fields[1])
-	if err != nil {
-		return "", errors.New("want base64")
-	}
-	var want []byte
-	want = binary.BigEndian.AppendUint32(want, uint32(len(algorithm)))
-	want = append(want, algorithm...)
-	want = binary.BigEndian.AppendUint32(want, 32)
-	if len(blob) != len(want)+32 || !strings.HasPrefix(string(blob), string(want)) {
-		return "", fmt.Errorf("not an %s key", algorithm)
-	}
-	return string(blob), nil
-}
-
 func printable(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) })
 }
 
 // sorted returns a map's names in order, so that equal definitions give equal
 // plans and equal errors.
-func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+func sorted[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 // ErrVerify: the outputs of a ceremony are not what its records say.
@@ -72,24 +74,78 @@ func Verify(dir string) *Report {
 	if !r.add("transcript", err, "%d records, one chain", len(records)) || def == nil {
 		return r
 	}
-	steps, err := Plan(def)
-	if !r.add("plan", err, "%d steps", len(steps)) {
-		return r
-	}
-	f := newFacts(def)
-	err = replay(f, steps, records)
-	if err == nil && !f.done[string(StepClose)] {
-		err = errors.New("the ceremony is not complete")
-	}
-	if !r.add("records", err, "every step as the definition says, and complete") {
+	f, err := r.readFacts(def, records)
+	if !r.add("records", err, "every step as the definition says") {
 		return r
 	}
 	r.Head = f.head
-	r.add("entropy", nil, "%d shares fit their commitments", len(f.commitments.Commitments))
-	r.add("keys", nil, "%d keys: announced, observed, self-tests verify", len(f.keys))
-	r.add("certificates", nil, "%d certificates: profile, signatures; the root's serial is derived", len(f.certs))
+	r.addFacts(f)
 	r.checkFiles(dir, f, records)
 	return r
+}
+
+// readFacts replays the records of a ceremony of this definition. What the
+// first record calls a rehearsal is verified as one, whatever the definition
+// is for.
+func (r *Report) readFacts(def *Definition, records []Record) (*facts, error) {
+	def, err := environmentOf(def, records)
+	if err != nil {
+		return nil, err
+	}
+	r.Definition = def
+	steps, err := Plan(def)
+	if !r.add("plan", err, "%d steps", len(steps)) {
+		return nil, err
+	}
+	f := newFacts(def, steps)
+	return f, f.replay(records)
+}
+
+// environmentOf returns the definition in the environment of its transcript.
+func environmentOf(def *Definition, records []Record) (*Definition, error) {
+	var first openData
+	if len(records) == 0 || records[0].Step != string(StepOpen) {
+		return def, nil // replay says what is wrong
+	}
+	if err := records[0].decode(&first); err != nil {
+		return nil, err
+	}
+	if first.Environment == Rehearsal {
+		return def.Rehearsal()
+	}
+	return def, nil
+}
+
+// addFacts says what the records showed.
+func (r *Report) addFacts(f *facts) {
+	if len(f.def.People) > 0 {
+		r.add("people", nil, "%d of %d there: %s", len(f.attendance()), len(f.def.People), strings.Join(f.attendance(), ", "))
+	}
+	if f.announced {
+		r.add("entropy", nil, "%d shares fit their commitments", len(f.commitments))
+		r.add("keys", nil, "%d keys: announced, observed, self-tests verify%s", len(f.keys), f.levels())
+		r.add("certificates", nil, "%d certificates: profile, signatures; the root's serial is derived", len(f.certs))
+	}
+	signed, declined := f.signatures()
+	detail := fmt.Sprintf("%d sign the checkpoint: %s", len(signed), orNobody(strings.Join(signed, ", ")))
+	if len(declined) > 0 {
+		detail += "; declined: " + strings.Join(declined, ", ")
+	}
+	r.add("witnesses", nil, "%s", detail)
+	r.add("end", f.outcome(), "%s", f.status)
+}
+
+// levels counts the keys by evidence level.
+func (f *facts) levels() string {
+	count := map[hsm.Level]int{}
+	for _, k := range f.keys {
+		count[k.evidence.Level]++
+	}
+	text := ""
+	for _, level := range sorted(count) {
+		text += fmt.Sprintf("; %d %s", count[level], level)
+	}
+	return text
 }
 
 func (r *Report) readDefinition(dir string) *Definition {
@@ -105,23 +161,23 @@ func (r *Report) readDefinition(dir string) *Definition {
 
 // checkFiles compares every output with what follows from the records.
 func (r *Report) checkFiles(dir string, f *facts, records []Record) {
-	files, err := f.outputFiles()
+	if f.status == "" {
+		return // not over: nothing can be said of its files
+	}
+	files, err := f.allFiles(records)
 	if !r.add("outputs", err, "%d files follow from the records", len(files)) {
 		return
 	}
-	sums, err := f.checksumsFile(slices.Clone(files), records)
-	if err != nil {
-		r.add(ChecksumsName, err, "")
-		return
-	}
-	for _, want := range append(files, sums) {
+	var names []string
+	for _, want := range files {
+		names = append(names, want.Name)
 		have, err := readBounded(filepath.Join(dir, filepath.FromSlash(want.Name)), want.Size)
 		if err == nil && !bytes.Equal(have, want.content) {
 			err = errors.New("content differs from the records")
 		}
 		r.add(want.Name, err, "%d octets", want.Size)
 	}
-	others, err := otherFiles(dir, outputNames(f.def))
+	others, err := otherFiles(dir, names)
 	r.add("other files", err, "%s", others)
 }
 
@@ -133,7 +189,7 @@ func otherFiles(dir string, names []string) (string, error) {
 			return err
 		}
 		rel, err := filepath.Rel(dir, path)
-		if name := filepath.ToSlash(rel); err == nil && name != TranscriptName && !slices.Contains(names, name) {
+		if name := filepath.ToSlash(rel); err == nil && !slices.Contains(names, name) {
 			others = append(others, name)
 		}
 		return err

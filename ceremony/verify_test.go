@@ -36,7 +36,7 @@ func TestOutputs(t *testing.T) {
 
 // Every output, changed anywhere, is noticed: each octet of small files, a
 // sample of large ones.
-func verifyTamper(t *testing.T, d *Definition, _ *Result, opts Options) {
+func verifyTamper(t *testing.T, d *Definition, res *Result, opts Options) {
 	if err := Verify(opts.Dir).Err(); err != nil {
 		t.Fatal(err)
 	}
@@ -44,12 +44,8 @@ func verifyTamper(t *testing.T, d *Definition, _ *Result, opts Options) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	steps, err := Plan(d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f := newFacts(d)
-	if err := replay(f, steps, records); err != nil {
+	f := factsOf(t, d)
+	if err := f.replay(records); err != nil {
 		t.Fatal(err)
 	}
 	// The records are replayed once, the files compared each time.
@@ -58,7 +54,7 @@ func verifyTamper(t *testing.T, d *Definition, _ *Result, opts Options) {
 		r.checkFiles(opts.Dir, f, records)
 		return r.Err()
 	}
-	for _, name := range append(outputNames(d), TranscriptName) {
+	for _, name := range fileNames(res) {
 		path := filepath.Join(opts.Dir, name)
 		content, err := os.ReadFile(path)
 		if err != nil {
@@ -152,7 +148,15 @@ func verifyResealedChain(t *testing.T, d *Definition, _ *Result, opts Options) {
 		{"a worse random source", index("self-test/root", Done), replaced(`"longestRun":`, `"longestRun":1`)},
 		{"another seed", index("entropy", Done), replaced(`"seed":"`, `"seed":"00`)},
 		{"another share", index("entropy", Done), replaced(`"value":"`, `"value":"00`)},
-		{"a contributor left out", index("entropy", Intent), replaced(`"w2"`, `"w3"`)},
+		{"a contributor left out", index("entropy", Statement), func(r *Record) { r.Actor = "w2" }},
+		{"a person who was not there", index("people", Statement), replaced(`"present":true`, `"present":false`)},
+		{"a stranger", index("people", Statement), func(r *Record) { r.Actor = "w9" }},
+		{"other words", index("people", Statement), replaced(`"words":"`, `"words":"zoo `)},
+		{"another watch", index("clock", Statement), replaced(`"watch":"12:00"`, `"watch":"11:00"`)},
+		{"nobody confirmed", index("certificate/root", Statement), replaced(`"words":"`, `"words":"zoo `)},
+		{"another checkpoint", index("checkpoint", Done), replaced(`"size":`, `"size":1`)},
+		{"another signature", index("witnesses", Statement), replaced(`AAAA`, `AAAB`)},
+		{"a witness who declined", index("witnesses", Done), replaced(`"signed":["w1","w2"]`, `"signed":["w1"]`)},
 		{"a key by another id", index("key/ct-1", Intent), replaced(`"id":"`, `"id":"00`)},
 		{"a key with another role", index("key/ct-1", Intent), replaced(`"role":"ct"`, `"role":"tsa"`)},
 		{"an extractable key", index("key/ct-1", Done), replaced(`"EXTRACTABLE":"false"`, `"EXTRACTABLE":"true"`)},
@@ -162,7 +166,7 @@ func verifyResealedChain(t *testing.T, d *Definition, _ *Result, opts Options) {
 		{"a longer life", index("certificate/inter", Intent), replaced(`"notAfter":"2029`, `"notAfter":"2030`)},
 		{"another certificate", index("certificate/inter", Done), replaced(`"sha256":"`, `"sha256":"0`)},
 		{"another file", index("outputs", Intent), replaced(`"sha256":"`, `"sha256":"0`)},
-		{"another end", index("close", Done), replaced(`complete`, `aborted`)},
+		{"another end", index("close", Done), replaced(`complete`, `declined`)},
 		{"a step of another ceremony", index("close", Done), func(r *Record) { r.Step = "party" }},
 		{"the token's key in place of another", index("key/rekor-1", Done), func(r *Record) { r.Data = key.Data }},
 	} {
@@ -175,12 +179,7 @@ func verifyResealedChain(t *testing.T, d *Definition, _ *Result, opts Options) {
 				}
 				forged[i] = reseal(t, forged[i])
 			}
-			f := newFacts(d)
-			steps, err := Plan(d)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := replay(f, steps, forged); err == nil {
+			if err := factsOf(t, d).replay(forged); err == nil {
 				t.Error("the forged records were accepted")
 			}
 		})
@@ -319,6 +318,25 @@ func outputsBySigstore(t *testing.T, d *Definition, res *Result, opts Options) {
 			t.Errorf("trusted_root.json has %s, which clients misread", word)
 		}
 	}
+}
+
+// factsOf knows nothing yet but the plan.
+func factsOf(t testing.TB, d *Definition) *facts {
+	t.Helper()
+	steps, err := Plan(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newFacts(d, steps)
+}
+
+// fileNames lists every file of a complete ceremony.
+func fileNames(res *Result) []string {
+	names := []string{ChecksumsName}
+	for _, f := range res.Files {
+		names = append(names, f.Name)
+	}
+	return names
 }
 
 func hexOf(h [sha256.Size]byte) string { return hex.EncodeToString(h[:]) }

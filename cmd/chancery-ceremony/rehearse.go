@@ -144,7 +144,7 @@ func tokenLabels(def *ceremony.Definition) map[string]string {
 func summary(p *printer, dir string, def *ceremony.Definition, res *ceremony.Result, took time.Duration) {
 	p.line("")
 	p.field("Done", fmt.Sprintf("in %s: %d keys, %d certificates, %d files, %d records",
-		seconds(took), len(def.Keys), len(res.Certificates), len(res.Files)+2, res.Records))
+		seconds(took), len(def.Keys), len(res.Certificates), len(res.Files)+1, res.Records))
 	for _, name := range slices.Sorted(maps.Keys(res.Certificates)) {
 		c := res.Certificates[name]
 		p.field(name, fmt.Sprintf("%s, until %s", c.Subject.CommonName, c.NotAfter.Format(time.DateOnly)))
