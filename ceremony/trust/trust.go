@@ -14,8 +14,12 @@
 // reads it reads strictly: an unknown field, a second document or a wrong
 // media type is an error.
 //
+// Rotation is a pure function from a Root to a Root: what was is kept, with an
+// end, and what follows is added, so that every signature of before verifies
+// with the new file too.
+//
 // It holds no private key and signs nothing. It trusts its caller that the
-// public material is the right one.
+// public material is the right one. ceremony/trust/tuf distributes the files.
 package trust
 
 import (
