@@ -33,16 +33,24 @@ func (e *Emulator) Certify(t testing.TB) *x509.CertPool {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("swtpm_setup: %v\n%s", err, out)
 	}
-	pool := x509.NewCertPool()
+	var all []byte
 	for _, file := range []string{issuer, filepath.Join(ca, "swtpm-localca-rootca-cert.pem")} {
 		text, err := os.ReadFile(file)
-		if err != nil || !pool.AppendCertsFromPEM(text) {
-			t.Fatalf("CA certificate %s: %v", file, err)
+		if err != nil {
+			t.Fatal(err)
 		}
+		all = append(all, text...)
+	}
+	pool := x509.NewCertPool()
+	if writeText(t, ca, filepath.Base(e.CAFile()), string(all)); !pool.AppendCertsFromPEM(all) {
+		t.Fatal("no CA certificates")
 	}
 	e.Start(t)
 	return pool
 }
+
+// CAFile is where Certify leaves the CA's certificates, in PEM.
+func (e *Emulator) CAFile() string { return filepath.Join(e.dir, "ca", "roots.pem") }
 
 func writeText(t testing.TB, dir, name, text string) string {
 	t.Helper()
