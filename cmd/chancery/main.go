@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/chancery-ca/chancery/cmd/internal/memory"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -28,6 +29,10 @@ const (
 )
 
 func main() {
+	if err := memory.Seal(); err != nil {
+		_, _ = fmt.Fprintf(os.Stderr, "chancery: error: %v\n", err)
+		os.Exit(exitFailed)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
