@@ -68,7 +68,7 @@ lint: deps $(LINT) ## vet and lint
 	$(LINT) run ./...
 
 bench: deps ## measure the whole path and its parts; prints ratios within one run
-	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./test ./log/... ./test/growth
+	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./test ./hsm/... ./log/... ./test/growth
 
 bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf costs
 	GOMEMLIMIT=80MiB CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth

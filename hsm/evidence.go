@@ -38,8 +38,15 @@ type TokenInfo struct {
 // Evidence is what could be observed of one key. It contains no secret and is
 // written to the ceremony's records as JSON.
 type Evidence struct {
-	Time      time.Time `json:"time"`
-	Token     TokenInfo `json:"token"`
+	Time  time.Time `json:"time"`
+	Token TokenInfo `json:"token"`
+	// Slot is where the token is plugged in, Library what speaks for it.
+	Slot    SlotInfo    `json:"slot"`
+	Library LibraryInfo `json:"library"`
+	// Mechanisms are what the token can do with such a key: make it, sign or
+	// derive with it, wrap it. They are sorted by name.
+	Mechanisms []Mechanism `json:"mechanisms,omitempty"`
+
 	URI       string    `json:"uri"`
 	SPKI      string    `json:"spkiSHA256"` // hexadecimal
 	PublicKey []byte    `json:"publicKey"`  // DER SubjectPublicKeyInfo

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -72,6 +73,7 @@ func Conformance(t *testing.T, fresh func(t *testing.T) Device) {
 		{"ambiguous", ambiguous},
 		{"policy", policy},
 		{"evidence", evidence},
+		{"self-test", selfTest},
 		{"random and keys", randomAndKeys},
 		{"concurrent", concurrent},
 		{"ended context", endedContext},
@@ -396,6 +398,9 @@ func evidence(t *testing.T, d Device) {
 		if e.URI != key.Ref().URI || e.Algorithm != algorithm || e.Level != d.Level || e.Time.IsZero() {
 			t.Errorf("evidence says %s, %s, %s, %s", e.URI, e.Algorithm, e.Level, e.Time)
 		}
+		if e.Library.Interface == "" || len(e.Mechanisms) == 0 {
+			t.Errorf("evidence says of the device %+v, %+v, mechanisms %+v", e.Slot, e.Library, e.Mechanisms)
+		}
 		h := algorithm.Hash().New()
 		h.Write([]byte(e.SelfTestText))
 		if err := hsm.Verify(key.Public().(*ecdsa.PublicKey), h.Sum(nil), e.SelfTest); err != nil {
@@ -414,6 +419,53 @@ func evidence(t *testing.T, d Device) {
 	}
 	if _, err := token.Evidence(t.Context(), SoftwareKey(hsm.ECDSAP256)); err == nil {
 		t.Error("evidence of a key of another backend")
+	}
+}
+
+// stuck is a key of a token whose randomness fails: from the n-th signature on
+// it gives the first one again.
+type stuck struct {
+	hsm.Key
+	n, made int
+	first   []byte
+}
+
+func (k *stuck) SignContext(ctx context.Context, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	k.made++
+	if k.made >= k.n {
+		return k.first, nil
+	}
+	sig, err := k.Key.SignContext(ctx, digest, opts)
+	if k.made == 2 { // the first of the digest that is signed again and again
+		k.first = sig
+	}
+	return sig, err
+}
+
+// selfTest: the backend's signatures of one digest have different r, and a
+// token that repeats one is found out, whichever it is.
+func selfTest(t *testing.T, d Device) {
+	token := d.open(t)
+	now := time.Now()
+	for _, algorithm := range []hsm.Algorithm{hsm.ECDSAP256, hsm.ECDSAP384} {
+		key := NewKey(t, token, string(algorithm), algorithm)
+		proof, err := hsm.SelfTest(t.Context(), key, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := algorithm.Hash().New()
+		h.Write([]byte(proof.Text))
+		if err := hsm.Verify(key.Public().(*ecdsa.PublicKey), h.Sum(nil), proof.Signature); err != nil {
+			t.Errorf("proof: %v", err)
+		}
+		for _, n := range []int{3, 40, hsm.SelfTestSignatures + 1} {
+			_, err := hsm.SelfTest(t.Context(), &stuck{Key: key, n: n}, now)
+			d.wants(t, fmt.Sprintf("%s: signature %d repeats another", algorithm, n), err, hsm.ErrBadSignature)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err = hsm.SelfTest(ctx, key, now)
+		d.wants(t, "ended context", err, hsm.ErrBusy)
 	}
 }
 

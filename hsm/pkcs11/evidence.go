@@ -6,6 +6,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
@@ -28,14 +30,16 @@ func (t *Token) Evidence(ctx context.Context, k hsm.Key) (hsm.Evidence, error) {
 }
 
 func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
-	var token hsm.TokenInfo
+	var device hsm.Inspection
 	var attributes map[string]string
 	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		p, err := k.on(c)
 		if err != nil {
 			return err
 		}
-		token = c.info
+		if device, err = c.describeDevice(); err != nil {
+			return err
+		}
 		return c.withAdmin(func(s pkcs11.SessionHandle) (err error) {
 			attributes, err = c.pairAttributes(s, p)
 			return err
@@ -58,12 +62,34 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 		return hsm.Evidence{}, err
 	}
 	return hsm.Evidence{
-		Time: now.UTC(), Token: token, URI: k.ref.URI,
+		Time: now.UTC(), Token: device.Token, Slot: device.Slot, Library: device.Library,
+		Mechanisms: slices.DeleteFunc(device.Mechanisms, foreign), URI: k.ref.URI,
 		SPKI: hex.EncodeToString(k.ref.SPKI[:]), PublicKey: der, Algorithm: algorithm,
 		Mechanism:  mechanism(attributes["KEY_GEN_MECHANISM"]),
 		Attributes: attributes, SelfTestText: proof.Text, SelfTest: proof.Signature,
-		Level: hsm.LevelOf(token, attributes), Restored: attributes["LOCAL"] != "true",
+		Level: hsm.LevelOf(device.Token, attributes), Restored: attributes["LOCAL"] != "true",
 	}, nil
+}
+
+// describeDevice says what the token, its slot and the library say of
+// themselves now.
+func (c *connection) describeDevice() (hsm.Inspection, error) {
+	d := hsm.Inspection{Token: c.info}
+	var err error
+	if d.Library, err = libraryInfo(c.raw, c.info.Module); err != nil {
+		return d, err
+	}
+	if d.Slot, err = slotInfo(c.raw, c.slot); err != nil {
+		return d, err
+	}
+	d.Mechanisms, err = mechanismList(c.raw, c.slot)
+	return d, err
+}
+
+// foreign says that a mechanism can do nothing with an elliptic curve key: it
+// neither makes nor uses one, nor wraps private keys.
+func foreign(m hsm.Mechanism) bool {
+	return !strings.HasPrefix(m.Name, "CKM_EC") && !slices.Contains(m.Flags, "WRAP")
 }
 
 // pairAttributes reads both objects.

@@ -73,7 +73,7 @@ func (m *module) inspect(names func(hsm.TokenInfo) bool) ([]hsm.Inspection, erro
 	if err != nil {
 		return nil, err
 	}
-	library, err := m.library()
+	library, err := libraryInfo(m.handle(), m.path)
 	if err != nil {
 		return nil, err
 	}
@@ -83,10 +83,10 @@ func (m *module) inspect(names func(hsm.TokenInfo) bool) ([]hsm.Inspection, erro
 			continue
 		}
 		d := hsm.Inspection{Token: t, Library: library}
-		if d.Slot, err = m.slot(t.Slot); err != nil {
+		if d.Slot, err = slotInfo(m.handle(), t.Slot); err != nil {
 			return nil, err
 		}
-		if d.Mechanisms, err = m.mechanisms(t.Slot); err != nil {
+		if d.Mechanisms, err = mechanismList(m.handle(), t.Slot); err != nil {
 			return nil, err
 		}
 		found = append(found, d)
@@ -94,14 +94,14 @@ func (m *module) inspect(names func(hsm.TokenInfo) bool) ([]hsm.Inspection, erro
 	return found, nil
 }
 
-// library translates CK_INFO.
-func (m *module) library() (hsm.LibraryInfo, error) {
-	info, err := m.handle().GetInfo()
+// libraryInfo translates CK_INFO.
+func libraryInfo(raw *pkcs11.Ctx, path string) (hsm.LibraryInfo, error) {
+	info, err := raw.GetInfo()
 	if err != nil {
 		return hsm.LibraryInfo{}, fmt.Errorf("describe library: %w", classify(err))
 	}
 	return hsm.LibraryInfo{
-		Path: m.path, Description: unpad(info.LibraryDescription), Manufacturer: unpad(info.ManufacturerID),
+		Path: path, Description: unpad(info.LibraryDescription), Manufacturer: unpad(info.ManufacturerID),
 		Version: versionText(info.LibraryVersion), Interface: versionText(info.CryptokiVersion),
 	}, nil
 }
@@ -116,9 +116,9 @@ var slotFlags = []struct {
 	{pkcs11.CKF_HW_SLOT, "HW_SLOT"},
 }
 
-// slot translates CK_SLOT_INFO.
-func (m *module) slot(id uint) (hsm.SlotInfo, error) {
-	info, err := m.handle().GetSlotInfo(id)
+// slotInfo translates CK_SLOT_INFO.
+func slotInfo(raw *pkcs11.Ctx, id uint) (hsm.SlotInfo, error) {
+	info, err := raw.GetSlotInfo(id)
 	if err != nil {
 		return hsm.SlotInfo{}, fmt.Errorf("describe slot %d: %w", id, classify(err))
 	}
@@ -160,9 +160,9 @@ var mechanismFlags = []struct {
 	{pkcs11.CKF_DERIVE, "DERIVE"},
 }
 
-// mechanisms lists what the token in the slot can do.
-func (m *module) mechanisms(slot uint) ([]hsm.Mechanism, error) {
-	list, err := m.handle().GetMechanismList(slot)
+// mechanismList lists what the token in the slot can do.
+func mechanismList(raw *pkcs11.Ctx, slot uint) ([]hsm.Mechanism, error) {
+	list, err := raw.GetMechanismList(slot)
 	if err != nil {
 		return nil, fmt.Errorf("list mechanisms: %w", classify(err))
 	}
@@ -170,7 +170,7 @@ func (m *module) mechanisms(slot uint) ([]hsm.Mechanism, error) {
 	for _, one := range list {
 		mechanism := hsm.Mechanism{Name: mechanismName(one.Mechanism)}
 		// A token that lists a mechanism and does not describe it has it still.
-		if info, err := m.handle().GetMechanismInfo(slot, []*pkcs11.Mechanism{one}); err == nil {
+		if info, err := raw.GetMechanismInfo(slot, []*pkcs11.Mechanism{one}); err == nil {
 			mechanism.MinKeySize, mechanism.MaxKeySize = info.MinKeySize, info.MaxKeySize
 			for _, f := range mechanismFlags {
 				if info.Flags&f.flag != 0 {

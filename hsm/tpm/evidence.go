@@ -32,12 +32,16 @@ func (t *Token) Evidence(ctx context.Context, k hsm.Key) (hsm.Evidence, error) {
 
 func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 	var token hsm.TokenInfo
+	var mechanisms []hsm.Mechanism
 	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		handle, err := c.load(k)
 		if err != nil {
 			return err
 		}
 		token = c.info
+		if mechanisms, err = c.mechanisms(); err != nil {
+			return err
+		}
 		return c.confirm(k, handle)
 	})
 	if err != nil {
@@ -55,6 +59,7 @@ func (t *Token) evidence(ctx context.Context, k *key) (hsm.Evidence, error) {
 	attributes := k.attributes()
 	return t.attested(ctx, k, hsm.Evidence{
 		Time: now.UTC(), Token: token, URI: k.ref.URI,
+		Library: hsm.LibraryInfo{Interface: token.Hardware}, Mechanisms: mechanisms,
 		SPKI: hex.EncodeToString(k.ref.SPKI[:]), PublicKey: der, Algorithm: k.public.algorithm,
 		Mechanism: k.mechanism(), Attributes: attributes,
 		SelfTestText: proof.Text, SelfTest: proof.Signature,
