@@ -29,7 +29,7 @@ func (e *Emulator) Certify(t testing.TB) *x509.CertPool {
 	localCA := writeText(t, ca, "localca.conf", fmt.Sprintf("statedir = %[1]s\nsigningkey = %[1]s/key.pem\nissuercert = %[2]s\ncertserial = %[1]s/serial\n", ca, issuer))
 	options := writeText(t, ca, "options", "")
 	setup := writeText(t, ca, "setup.conf", fmt.Sprintf("create_certs_tool = %s\ncreate_certs_tool_config = %s\ncreate_certs_tool_options = %s\nactive_pcr_banks = sha256\n", tool(t, "swtpm_localca"), localCA, options))
-	cmd := exec.CommandContext(t.Context(), "swtpm_setup", "--tpm2", "--tpm-state", e.StateDir(), "--config", setup, "--create-ek-cert", "--overwrite") //nolint:gosec // the test's own folder
+	cmd := exec.CommandContext(t.Context(), "swtpm_setup", "--tpm2", "--tpm-state", e.StateDir(), "--config", setup, "--create-ek-cert", "--overwrite")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("swtpm_setup: %v\n%s", err, out)
 	}

@@ -124,7 +124,7 @@ func TestCounterOfAnotherKind(t *testing.T) {
 		testIndex + 5: {"-s", "8", "-a", "nt=counter|authread|authwrite|no_da"}, // no first increment
 	}
 	for index, args := range indices {
-		cmd := exec.CommandContext(t.Context(), tools, append([]string{"-C", "o", fmt.Sprintf("%#x", index)}, args...)...) //nolint:gosec // a fixed table
+		cmd := exec.CommandContext(t.Context(), tools, append([]string{"-C", "o", fmt.Sprintf("%#x", index)}, args...)...)
 		cmd.Env = append(cmd.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+e.Socket())
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("tpm2_nvdefine %v: %v: %s", args, err, out)
@@ -169,7 +169,7 @@ func TestCounterReplaced(t *testing.T) {
 			c := mustCreate(t, token, testIndex)
 			e.Stop(t)
 			socket := filepath.Join(e.StateDir(), "..", "other")
-			other := exec.CommandContext(t.Context(), "swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.StateDir(), //nolint:gosec // the test's own folder
+			other := exec.CommandContext(t.Context(), "swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.StateDir(),
 				"--server", "type=unixio,path="+socket, "--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear")
 			if err := other.Start(); err != nil {
 				t.Fatal(err)
@@ -183,7 +183,7 @@ func TestCounterReplaced(t *testing.T) {
 				}
 			}
 			run := func(name string, args ...string) {
-				cmd := exec.CommandContext(t.Context(), name, append([]string{"-C", "o", fmt.Sprintf("%#x", testIndex)}, args...)...) //nolint:gosec // a fixed table
+				cmd := exec.CommandContext(t.Context(), name, append([]string{"-C", "o", fmt.Sprintf("%#x", testIndex)}, args...)...)
 				cmd.Env = append(cmd.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+socket)
 				if out, err := cmd.CombinedOutput(); err != nil {
 					t.Errorf("%s: %v: %s", name, err, out)
@@ -196,7 +196,7 @@ func TestCounterReplaced(t *testing.T) {
 			_ = other.Process.Kill()
 			_ = other.Wait() // killed
 			e.Start(t)
-			err := error(hsm.ErrLost)
+			var err error = hsm.ErrLost
 			for deadline := time.Now().Add(10 * time.Second); errors.Is(err, hsm.ErrLost) || errors.Is(err, hsm.ErrBusy); time.Sleep(5 * time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatal(err)

@@ -206,7 +206,7 @@ func victim(t *testing.T, dir, round string) {
 	defer cancel()
 	f := &fixture{t: t, dir: dir, clock: &clock{}, key: &hsmtest.Counting{Key: keyOf(t, os.Getenv(victimKey))}}
 	f.openTree()
-	f.open(func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(os.Stdout, nil)) })
+	f.open(func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(os.Stdout, nil)) }, victimCounter(t))
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for c := range 16 {
