@@ -20,7 +20,9 @@ import (
 //   - at Open, when the tree is behind the anchored head or beside it;
 //   - at Open, when the anchor is missing or both its slots are damaged: then
 //     there is no head that anything could be proven against;
-//   - in its run, when the tree no longer extends the last head.
+//   - at Open, when the anchor is not of the hardware counter's epoch;
+//   - in its run, when the tree no longer extends the last head, or the counter
+//     moves by another's hand.
 //
 // An anchor of another key, origin or format is no such case: the
 // configuration names the wrong log, and Open fails with ErrMismatch.
