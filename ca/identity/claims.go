@@ -109,6 +109,17 @@ func (c claims) text(name string) string {
 	return s
 }
 
+// nested returns a claim that is a string, by its name or by the names of
+// objects and a claim joined by >, or "".
+func (c claims) nested(path string) string {
+	name, rest, deeper := strings.Cut(path, ">")
+	if !deeper {
+		return c.text(name)
+	}
+	object, _ := c[name].(map[string]any)
+	return claims(object).nested(rest)
+}
+
 // time reads a NumericDate (RFC 7519, Section 2), whole seconds kept.
 func (c claims) time(name string) (time.Time, bool) {
 	n, ok := c[name].(json.Number)

@@ -109,7 +109,7 @@ func TestHostileProviders(t *testing.T) {
 				h.issuer = base + "/"
 				base = serveProvider(t, h)
 			}
-			s, err := newSource(Issuer{IssuerURL: base, ClientID: "c", Type: "email"}, Options{LoopbackHTTP: true, Logger: discard})
+			s, err := newSource(known{Issuer: Issuer{IssuerURL: base, ClientID: "c", Type: "email"}}, Options{LoopbackHTTP: true, Logger: discard})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -146,7 +146,7 @@ func TestTLS(t *testing.T) {
 		{"with another network", cert, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, errPrivate.Error()},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s, err := newSource(Issuer{IssuerURL: srv.URL, ClientID: "c", Type: "email", CACert: test.ca},
+			s, err := newSource(known{Issuer: Issuer{IssuerURL: srv.URL, ClientID: "c", Type: "email", CACert: test.ca}},
 				Options{PrivateNetworks: test.nets, Logger: discard})
 			if err != nil {
 				t.Fatal(err)

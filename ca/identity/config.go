@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"net/url"
 	"regexp"
+	"slices"
 
-	"github.com/goccy/go-yaml"
 	"github.com/sigstore/fulcio/pkg/certificate"
+	"go.yaml.in/yaml/v3"
 )
 
 // Config is the part of a Fulcio configuration file that says which identity
@@ -20,20 +24,30 @@ type Config struct {
 	// OIDCIssuers are the issuers by their URL, which is matched with a
 	// token's iss octet for octet.
 	OIDCIssuers map[string]Issuer `json:"OIDCIssuers,omitempty" yaml:"oidc-issuers,omitempty"`
-	// MetaIssuers are issuers by a pattern. They are not supported: a file
-	// that has any is refused.
+	// MetaIssuers are issuers by a pattern of their URL, in which * stands for
+	// one or more of the characters -, _, A to Z, a to z and 0 to 9. An issuer
+	// in OIDCIssuers goes before a pattern that its URL fits.
 	MetaIssuers map[string]Issuer `json:"MetaIssuers,omitempty" yaml:"meta-issuers,omitempty"`
 	// CIIssuerMetadata are the templates of ci-provider issuers, by name.
 	CIIssuerMetadata map[string]CIMetadata `json:"CIIssuerMetadata,omitempty" yaml:"ci-issuer-metadata,omitempty"`
+	// Define holds what a file's author wants to name once (YAML anchors). It
+	// has no meaning.
+	Define any `json:"-" yaml:"define,omitempty"`
 }
 
 // Issuer is one identity provider.
 type Issuer struct {
 	// IssuerURL is the provider's issuer, https, without query or fragment.
+	// Empty means the name under which it stands in Config.
 	IssuerURL string `json:"IssuerURL,omitempty" yaml:"issuer-url,omitempty"`
 	// ClientID is the audience that a token must have.
 	ClientID string `json:"ClientID" yaml:"client-id,omitempty"`
-	// Type names the row of the claim mapping: email or github-workflow.
+	// Preset names a kind of provider whose Type, templates and the like are
+	// known (see Presets); Type and CIProvider are then empty.
+	Preset string `json:"Preset,omitempty" yaml:"preset,omitempty"`
+	// Type names the row of the claim mapping: email, username, uri, spiffe,
+	// kubernetes, github-workflow, gitlab-pipeline, buildkite-job,
+	// codefresh-workflow, chainguard-identity or ci-provider.
 	Type string `json:"Type" yaml:"type,omitempty"`
 	// CIProvider names the templates of a ci-provider issuer.
 	CIProvider string `json:"CIProvider,omitempty" yaml:"ci-provider,omitempty"`
@@ -49,6 +63,18 @@ type Issuer struct {
 	// Description and Contact are for people.
 	Description string `json:"Description,omitempty" yaml:"description,omitempty"`
 	Contact     string `json:"Contact,omitempty" yaml:"contact,omitempty"`
+	// KeysFile is a JSON Web Key Set in a file, for a site that cannot or shall
+	// not ask the provider: nothing is fetched, and the file is read again
+	// when it may have changed. DiscoveryFile is a discovery document in a
+	// file (OpenID Connect Discovery 1.0, Section 4): the keys are fetched
+	// from its jwks_uri. At most one of them. Paths are Options.ReadFile's.
+	KeysFile      string `json:"KeysFile,omitempty" yaml:"jwks-file,omitempty"`
+	DiscoveryFile string `json:"DiscoveryFile,omitempty" yaml:"discovery-file,omitempty"`
+	// MaxUses is how often one token may be used within its life, and MaxKeys
+	// for how many different public keys; 0 is without limit (clients reuse a
+	// token while it lives).
+	MaxUses int `json:"MaxUses,omitempty" yaml:"max-uses,omitempty"`
+	MaxKeys int `json:"MaxKeys,omitempty" yaml:"max-keys,omitempty"`
 	// CACert is PEM: further roots for the provider's TLS certificate.
 	CACert string `json:"CACert,omitempty" yaml:"ca-cert,omitempty"`
 	// SkipEmailVerification accepts tokens of type email without
@@ -61,6 +87,8 @@ type CIMetadata struct {
 	DefaultTemplateValues          map[string]string      `json:"DefaultTemplateValues,omitempty" yaml:"default-template-values,omitempty"`
 	ExtensionTemplates             certificate.Extensions `json:"ExtensionTemplates,omitempty" yaml:"extension-templates,omitempty"`
 	SubjectAlternativeNameTemplate string                 `json:"SubjectAlternativeNameTemplate,omitempty" yaml:"subject-alternative-name-template,omitempty"`
+
+	fixed map[string]string // values that no claim replaces, of a preset
 }
 
 // ParseConfig reads a Fulcio configuration file, JSON or YAML, strictly, and
@@ -71,8 +99,13 @@ func ParseConfig(b []byte) (Config, error) {
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&cfg); err != nil || dec.More() {
 		cfg = Config{}
-		if err := yaml.UnmarshalWithOptions(b, &cfg, yaml.Strict()); err != nil {
-			return Config{}, fmt.Errorf("%w: parse: %w", ErrConfig, err)
+		dec := yaml.NewDecoder(bytes.NewReader(b)) // of Fulcio: it knows aliases as keys
+		dec.KnownFields(true)
+		if err := dec.Decode(&cfg); err != nil && !errors.Is(err, io.EOF) {
+			return Config{}, fmt.Errorf("%w: parse: %.500s", ErrConfig, err.Error())
+		}
+		if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+			return Config{}, fmt.Errorf("%w: parse: more than one document", ErrConfig)
 		}
 	}
 	return cfg, cfg.Validate()
@@ -82,21 +115,97 @@ func ParseConfig(b []byte) (Config, error) {
 // would ignore or repair, refuses. In particular there is no default issuer:
 // a configuration without one is an error. Errors: ErrConfig.
 func (c Config) Validate() error {
-	if len(c.OIDCIssuers) == 0 {
-		return fmt.Errorf("%w: no issuer", ErrConfig)
+	_, err := c.resolve()
+	return err
+}
+
+// resolved is a checked configuration: every issuer with its kind.
+type resolved struct {
+	issuers  map[string]known // by iss, octet for octet
+	patterns []pattern
+}
+
+// known is an issuer and what becomes of its tokens.
+type known struct {
+	Issuer
+	kind kind
+}
+
+// resolve checks the configuration and makes every preset, default and
+// template into what it stands for.
+func (c Config) resolve() (resolved, error) {
+	out := resolved{issuers: map[string]known{}}
+	if len(c.OIDCIssuers)+len(c.MetaIssuers) == 0 {
+		return out, fmt.Errorf("%w: no issuer", ErrConfig)
 	}
-	if len(c.MetaIssuers) > 0 {
-		return fmt.Errorf("%w: meta-issuers are not supported", ErrConfig)
-	}
-	for name, issuer := range c.OIDCIssuers {
-		if name != issuer.IssuerURL {
-			return fmt.Errorf("%w: issuer %.200q has issuer-url %.200q", ErrConfig, name, issuer.IssuerURL)
+	for _, name := range slices.Sorted(maps.Keys(c.CIIssuerMetadata)) {
+		if _, err := c.CIIssuerMetadata[name].kind(); err != nil {
+			return out, fmt.Errorf("ci-issuer-metadata %.80q: %w", name, err)
 		}
-		if err := issuer.validate(); err != nil {
-			return fmt.Errorf("%w: issuer %.200q: %w", ErrConfig, name, err)
-		}
 	}
-	return nil
+	for _, url := range slices.Sorted(maps.Keys(c.OIDCIssuers)) {
+		issuer := c.OIDCIssuers[url]
+		if issuer.IssuerURL == "" {
+			issuer.IssuerURL = url
+		}
+		if url != issuer.IssuerURL {
+			return out, fmt.Errorf("%w: issuer %.200q has issuer-url %.200q", ErrConfig, url, issuer.IssuerURL)
+		}
+		k, err := c.know(issuer)
+		if err != nil {
+			return out, fmt.Errorf("%w: issuer %.200q: %w", ErrConfig, url, err)
+		}
+		out.issuers[url] = k
+	}
+	for text, issuer := range c.MetaIssuers {
+		p, err := c.pattern(text, issuer)
+		if err != nil {
+			return out, fmt.Errorf("%w: meta-issuer %.200q: %w", ErrConfig, text, err)
+		}
+		out.patterns = append(out.patterns, p)
+	}
+	sortPatterns(out.patterns)
+	return out, nil
+}
+
+// know finds the kind of a complete issuer and checks both.
+func (c Config) know(issuer Issuer) (known, error) {
+	issuer, metadata, err := c.expand(issuer)
+	if err != nil {
+		return known{}, err
+	}
+	k, ok := kinds[issuer.Type]
+	switch {
+	case issuer.Type == "ci-provider":
+		if k, err = metadata.kind(); err != nil {
+			return known{}, err
+		}
+	case !ok:
+		return known{}, fmt.Errorf("type %.40q is not supported", issuer.Type)
+	}
+	if err := issuer.validate(); err != nil {
+		return known{}, err
+	}
+	if k.checkConfig != nil {
+		err = k.checkConfig(issuer)
+	}
+	return known{issuer, k}, err
+}
+
+// expand replaces a preset by what it stands for, and finds the templates of a
+// ci-provider issuer.
+func (c Config) expand(issuer Issuer) (Issuer, CIMetadata, error) {
+	if issuer.Preset != "" {
+		return usePreset(issuer)
+	}
+	if issuer.Type != "ci-provider" {
+		return issuer, CIMetadata{}, nil
+	}
+	metadata, ok := c.CIIssuerMetadata[issuer.CIProvider]
+	if !ok {
+		return issuer, CIMetadata{}, fmt.Errorf("ci-provider %.80q is not in ci-issuer-metadata", issuer.CIProvider)
+	}
+	return issuer, metadata, nil
 }
 
 // claimPath is the part of JSONPath that issuer-claim supports.
@@ -113,10 +222,11 @@ func (i Issuer) validate() error {
 	if i.ClientID == "" {
 		return fmt.Errorf("no client-id")
 	}
-	if _, ok := kinds[i.Type]; !ok {
-		return fmt.Errorf("type %.40q is not supported", i.Type)
-	}
 	switch {
+	case i.KeysFile != "" && i.DiscoveryFile != "":
+		return fmt.Errorf("jwks-file and discovery-file exclude each other")
+	case i.MaxUses < 0 || i.MaxKeys < 0:
+		return fmt.Errorf("max-uses or max-keys is negative")
 	case i.IssuerClaim != "" && i.Type != "email":
 		return fmt.Errorf("issuer-claim belongs to type email")
 	case i.IssuerClaim != "" && !claimPath.MatchString(i.IssuerClaim):
@@ -131,8 +241,19 @@ func (i Issuer) validate() error {
 
 // Challenge returns the claim that clients are told to sign.
 func (i Issuer) Challenge() string {
-	if i.ChallengeClaim != "" {
+	switch {
+	case i.ChallengeClaim != "":
 		return i.ChallengeClaim
+	case i.Preset != "":
+		return kinds[presets[i.Preset].issuer.Type].challengeOr("sub")
 	}
-	return kinds[i.Type].challenge
+	return kinds[i.Type].challengeOr("sub")
+}
+
+// challengeOr is the row's challenge, or another where there is no row.
+func (k kind) challengeOr(other string) string {
+	if k.challenge == "" {
+		return other
+	}
+	return k.challenge
 }

@@ -6,12 +6,14 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"reflect"
 	"strings"
 	"testing"
 	"unicode/utf8"
 
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+	"github.com/chancery-ca/chancery/ca/profile"
 )
 
 // FuzzToken: whatever the octets, parsing ends, and what it accepts is within
@@ -118,6 +120,66 @@ func FuzzKeySet(f *testing.F) {
 		for _, key := range keys {
 			if !signs(key) || !key.IsPublic() || len(keys) > maxKeys {
 				t.Errorf("kept %v of %q", key, b)
+			}
+		}
+	})
+}
+
+// FuzzPrincipal gives any claims to every type and preset: what comes out is
+// plain text, and an address in the web leads where it says.
+func FuzzPrincipal(f *testing.F) {
+	for _, c := range []map[string]any{workflow, pipeline, job, build, serviceAccount, {"sub": "spiffe://example.com/x", "email": "a@example.com", "email_verified": true}} {
+		b, err := json.Marshal(c)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	issuers := []Issuer{
+		{IssuerURL: "https://users.example.com", Type: "username", SubjectDomain: "example.com"},
+		{IssuerURL: "https://users.example.com", Type: "uri", SubjectDomain: "https://example.com"},
+		{IssuerURL: "https://users.example.com", Type: "spiffe", SPIFFETrustDomain: "example.com"},
+		{IssuerURL: "https://gitlab.com", Preset: "gitlab"},
+		{IssuerURL: "https://token.actions.githubusercontent.com", Preset: "github"},
+		{IssuerURL: "https://oidc.circleci.com/org/1", Preset: "circleci"},
+		{IssuerURL: "https://agent.buildkite.com", Preset: "buildkite"},
+	}
+	for _, name := range []string{"email", "kubernetes", "github-workflow", "gitlab-pipeline", "buildkite-job", "codefresh-workflow", "chainguard-identity"} {
+		issuers = append(issuers, Issuer{IssuerURL: "https://idp.example.com", Type: name})
+	}
+	var all []known
+	for _, i := range issuers {
+		i.ClientID = "sigstore"
+		k, err := Config{}.know(i)
+		if err != nil {
+			f.Fatal(err)
+		}
+		all = append(all, k)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := parseClaims(b)
+		if err != nil {
+			return
+		}
+		for _, k := range all {
+			c["iss"] = k.IssuerURL
+			p, err := k.kind.principal(k.Issuer, c)
+			if err != nil {
+				if !errors.Is(err, ErrToken) && !errors.Is(err, ErrMapping) {
+					t.Errorf("%s: error %v", k.Type, err)
+				}
+				continue
+			}
+			if p.SAN.Value == "" || !plain(p.SAN.Value) {
+				t.Errorf("%s: SAN %q", k.Type, p.SAN.Value)
+			}
+			if p.SAN.Type == profile.URI && strings.Contains(p.SAN.Value+"/", "/../") {
+				t.Errorf("%s: SAN %q climbs", k.Type, p.SAN.Value)
+			}
+			for name, field := range fields {
+				if text := *field(&p.Extensions); !plain(text) {
+					t.Errorf("%s: %s is %q", k.Type, name, text)
+				}
 			}
 		}
 	})

@@ -67,6 +67,8 @@ type Principal struct {
 	Challenges []string
 	// Issuer and Subject are the token's iss and sub.
 	Issuer, Subject string
+	// Token stands for the token itself, to count its uses.
+	Token TokenUse
 }
 
 // Options are what the verifier needs beside the issuers.
@@ -80,6 +82,10 @@ type Options struct {
 	// LoopbackHTTP allows issuers with http URLs whose host is a loopback
 	// address: for the demo and tests.
 	LoopbackHTTP bool
+	// ReadFile reads a file of an issuer's configuration (KeysFile,
+	// DiscoveryFile), at most 256 KiB; nil if there is none. It is called
+	// again and again, from one goroutine for each issuer.
+	ReadFile func(path string) ([]byte, error)
 	// PrivateNetworks are networks that are not on the public Internet in
 	// which issuers may be. Without them only public addresses are dialled.
 	PrivateNetworks []netip.Prefix
@@ -89,6 +95,7 @@ type Options struct {
 // concurrent use. Close ends its background refreshes.
 type Verifier struct {
 	issuers map[string]*source // by iss, octet for octet
+	others  *federation        // issuers by pattern
 	now     func() (time.Time, error)
 	config  Config
 
@@ -107,21 +114,31 @@ func New(ctx context.Context, cfg Config, opts Options) (*Verifier, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	if err := cfg.Validate(); err != nil {
+	all, err := cfg.resolve()
+	if err != nil {
 		return nil, err
 	}
-	v := &Verifier{issuers: make(map[string]*source, len(cfg.OIDCIssuers)), now: opts.Now, config: cfg}
-	for _, issuer := range cfg.OIDCIssuers {
+	v := &Verifier{issuers: make(map[string]*source, len(all.issuers)), now: opts.Now, config: cfg}
+	for url, issuer := range all.issuers {
 		s, err := newSource(issuer, opts)
 		if err != nil {
 			return nil, err
 		}
-		v.issuers[issuer.IssuerURL] = s
+		v.issuers[url] = s
 	}
 	ctx, v.cancel = context.WithCancel(ctx)
 	for _, s := range v.issuers {
 		v.done.Go(func() { s.keys.run(ctx) })
 	}
+	v.others = newFederation(all.patterns, func(k known) (*source, context.CancelFunc, error) {
+		s, err := newSource(k, opts)
+		if err != nil {
+			return nil, nil, err
+		}
+		ctx, stop := context.WithCancel(ctx)
+		v.done.Go(func() { s.keys.run(ctx) })
+		return s, stop, nil
+	})
 	return v, nil
 }
 
@@ -169,9 +186,12 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Principal, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, ok := v.issuers[t.claims.text("iss")]
-	if !ok {
-		return nil, refuse("issuer is not configured")
+	iss := t.claims.text("iss")
+	s, exact := v.issuers[iss]
+	if !exact {
+		if s, err = v.others.find(iss); err != nil {
+			return nil, err
+		}
 	}
 	if err := t.check(s.issuer.ClientID, now); err != nil {
 		return nil, err
@@ -179,7 +199,10 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Principal, error) {
 	if err := s.verify(ctx, t, now); err != nil {
 		return nil, err
 	}
-	return s.kind.principal(s.issuer, t.claims)
+	if !exact {
+		v.others.proven(iss)
+	}
+	return s.principal(t)
 }
 
 // refuse is ErrToken with its reason, which must be a constant.

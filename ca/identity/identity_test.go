@@ -127,11 +127,13 @@ func rs256(t *testing.T, key *rsa.PrivateKey) func(string) []byte {
 
 func TestVerifyEmail(t *testing.T) {
 	i := startIDP(t)
-	got, err := newVerifier(t, i.email()).Verify(t.Context(), i.token(t, nil))
+	raw := i.token(t, nil)
+	got, err := newVerifier(t, i.email()).Verify(t.Context(), raw)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := &Principal{
+		Token:      TokenUse{ID: sha256.Sum256([]byte(raw)), Expires: got.Token.Expires},
 		SAN:        profile.SAN{Type: profile.Email, Value: "alice@example.com"},
 		Extensions: certificate.Extensions{Issuer: i.Issuer(), Subject: "alice-id"},
 		Challenges: []string{"alice@example.com"},

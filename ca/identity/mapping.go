@@ -13,15 +13,43 @@ import (
 	"github.com/chancery-ca/chancery/ca/profile"
 )
 
-// kinds is the claim mapping (Fulcio 1.8, pkg/identity): one row for each issuer type. A
-// new type is a new row.
+// kinds is the claim mapping (Fulcio 1.8, pkg/identity): one row for each issuer
+// type. A new type is a new row. The rows of ci-provider are the templates of
+// the configuration (template.go).
 var kinds = map[string]kind{
 	"email": {
 		challenge: "email",
 		required:  []string{"email"},
 		check:     checkEmail,
 		sanType:   profile.Email,
-		san:       value{template: "{email}"},
+		san:       claim("email"),
+	},
+	"username": {
+		challenge:   "sub",
+		checkConfig: checkUsernameDomain,
+		check:       checkUsername,
+		sanType:     profile.OtherName,
+		san:         username,
+	},
+	"uri": {
+		challenge:   "sub",
+		checkConfig: checkURIDomain,
+		check:       checkURISubject,
+		sanType:     profile.URI,
+		san:         claim("sub"),
+	},
+	"spiffe": {
+		challenge:   "sub",
+		checkConfig: checkTrustDomain,
+		check:       checkSPIFFE,
+		sanType:     profile.URI,
+		san:         claim("sub"),
+	},
+	"kubernetes": {
+		challenge: "sub",
+		required:  []string{"kubernetes.io>namespace", "kubernetes.io>serviceaccount>name"},
+		sanType:   profile.URI,
+		san:       below("https://kubernetes.io/", "namespaces/{kubernetes.io>namespace}/serviceaccounts/{kubernetes.io>serviceaccount>name}"),
 	},
 	"github-workflow": {
 		challenge: "sub",
@@ -55,16 +83,71 @@ var kinds = map[string]kind{
 			{"source-repository-visibility-at-signing", claim("repository_visibility")},
 		},
 	},
+	"gitlab-pipeline": {
+		challenge: "sub",
+		required: []string{
+			"project_path", "project_id", "pipeline_source", "pipeline_id",
+			"ci_config_ref_uri", "namespace_path", "namespace_id", "job_id", "ref",
+			"ref_type", "sha", "runner_environment",
+		},
+		check:   checkGitLabRunner,
+		sanType: profile.URI,
+		san:     whole("https://{ci_config_ref_uri}"),
+		extensions: []extension{
+			{"build-signer-uri", whole("https://{ci_config_ref_uri}")},
+			{"build-signer-digest", optional("ci_config_sha")},
+			{"runner-environment", claim("runner_environment")},
+			{"source-repository-uri", gitlab("{project_path}")},
+			{"source-repository-digest", claim("sha")},
+			{"source-repository-ref", gitRef},
+			{"source-repository-identifier", claim("project_id")},
+			{"source-repository-owner-uri", gitlab("{namespace_path}")},
+			{"source-repository-owner-identifier", claim("namespace_id")},
+			{"build-config-uri", whole("https://{ci_config_ref_uri}")},
+			{"build-config-digest", optional("ci_config_sha")},
+			{"build-trigger", claim("pipeline_source")},
+			{"run-invocation-uri", gitlab("{project_path}/-/jobs/{job_id}")},
+			{"source-repository-visibility-at-signing", optional("project_visibility")},
+		},
+	},
+	"buildkite-job": {
+		challenge: "sub",
+		required:  []string{"organization_slug", "pipeline_slug"},
+		sanType:   profile.URI,
+		san:       below("https://buildkite.com/", "{organization_slug}/{pipeline_slug}"),
+	},
+	"codefresh-workflow": {
+		challenge: "sub",
+		required:  []string{"account_id", "pipeline_id", "workflow_id"},
+		sanType:   profile.URI,
+		san:       codefresh("{account_name?}/{pipeline_name?}:{account_id}/{pipeline_id}"),
+		extensions: []extension{
+			{"build-signer-uri", codefresh("build/{workflow_id}")},
+			{"runner-environment", optional("runner_environment")},
+			{"source-repository-uri", optional("scm_repo_url")},
+			{"source-repository-ref", optional("scm_ref")},
+			{"build-config-uri", codefresh("api/pipelines/{pipeline_id}")},
+			{"run-invocation-uri", codefresh("build/{workflow_id}")},
+		},
+	},
+	"chainguard-identity": {
+		challenge: "sub",
+		check:     checkChainguard,
+		sanType:   profile.URI,
+		san:       belowIssuer("{sub}"),
+	},
 }
 
 // kind is one issuer type: what a token must say and what becomes of it.
 type kind struct {
-	challenge  string   // the claim that a proof of possession signs
-	required   []string // claims that must be non-empty strings
-	check      func(Issuer, claims) error
-	sanType    profile.SANType
-	san        value
-	extensions []extension
+	challenge   string             // the claim that a proof of possession signs
+	checkConfig func(Issuer) error // what the type asks of its configuration, or nil
+	required    []string           // claims that must be non-empty strings
+	check       func(Issuer, claims) error
+	sanType     profile.SANType
+	san         value
+	extensions  []extension
+	templates   *CIMetadata // of ci-provider; else nil
 }
 
 // extension maps a value to a field of certificate.Extensions, by the name
@@ -74,12 +157,95 @@ type extension struct {
 	value value
 }
 
-// value is a text with {claim} in place of claims. With a base it is the path
-// of a URL below base.
-type value struct{ base, template string }
+// value makes a text of a verified token's claims. Errors: ErrToken when a
+// claim is missing, ErrMapping when it cannot be certified.
+type value func(assertion) (string, error)
 
-func claim(name string) value      { return value{template: "{" + name + "}"} }
-func github(template string) value { return value{base: "https://github.com/", template: template} }
+// assertion is what a verified token of an issuer says.
+type assertion struct {
+	issuer Issuer
+	claims claims
+	// texts are the claims as texts over the defaults of the configuration,
+	// for the templates of ci-provider; nil for every other type.
+	texts map[string]string
+}
+
+// claim is the text of one claim, which must be there.
+func claim(name string) value { return text("{" + name + "}") }
+
+// optional is the text of one claim, or nothing.
+func optional(name string) value { return text("{" + name + "?}") }
+
+// text is a template with {claim} in place of claims, {claim?} if it may be
+// missing, {outer>inner} for a claim in an object.
+func text(template string) value {
+	return func(a assertion) (string, error) { return a.claims.fill(template) }
+}
+
+// below is a template as the path of a URL below base.
+func below(base, template string) value {
+	return func(a assertion) (string, error) {
+		path, err := a.claims.fill(template)
+		if err != nil {
+			return "", err
+		}
+		return joinURL(base, path)
+	}
+}
+
+func github(template string) value { return below("https://github.com/", template) }
+func gitlab(template string) value { return below("https://gitlab.com/", template) }
+
+// codefresh is below the platform that the token names.
+func codefresh(template string) value {
+	return func(a assertion) (string, error) {
+		base := a.claims.text("platform_url")
+		if base == "" {
+			base = "https://g.codefresh.io"
+		}
+		if u, err := url.Parse(base); err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
+			return "", fmt.Errorf("%w: claim platform_url is not an https URL", ErrMapping)
+		}
+		return below(base, template)(a)
+	}
+}
+
+// belowIssuer is below the token's issuer.
+func belowIssuer(template string) value {
+	return func(a assertion) (string, error) { return below(a.claims.text("iss"), template)(a) }
+}
+
+// whole is a template that is a URL, as net/url writes it.
+func whole(template string) value {
+	return func(a assertion) (string, error) {
+		s, err := a.claims.fill(template)
+		if err != nil {
+			return "", err
+		}
+		u, err := parseURL(s)
+		if err != nil {
+			return "", err
+		}
+		return u.String(), nil
+	}
+}
+
+// username is the subject in the domain that the configuration gives it.
+func username(a assertion) (string, error) {
+	name, err := a.claims.fill("{sub}")
+	return name + "!" + a.issuer.SubjectDomain, err
+}
+
+// gitRef is GitLab's ref as git writes it.
+func gitRef(a assertion) (string, error) {
+	switch a.claims.text("ref_type") {
+	case "branch":
+		return a.claims.fill("refs/heads/{ref}")
+	case "tag":
+		return a.claims.fill("refs/tags/{ref}")
+	}
+	return "", refuse("ref_type is neither branch nor tag")
+}
 
 // fields finds a field by its name in Fulcio's configuration (Fulcio, docs/oid-info.md).
 var fields = map[string]func(*certificate.Extensions) *string{
@@ -108,7 +274,7 @@ var fields = map[string]func(*certificate.Extensions) *string{
 // principal applies the row to the claims of a verified token.
 func (k kind) principal(issuer Issuer, c claims) (*Principal, error) {
 	for _, name := range k.required {
-		if c.text(name) == "" {
+		if c.nested(name) == "" {
 			return nil, refuse("claim " + name + " is missing")
 		}
 	}
@@ -121,21 +287,25 @@ func (k kind) principal(issuer Issuer, c claims) (*Principal, error) {
 	if !plain(p.Subject) {
 		return nil, fmt.Errorf("%w: claim sub is too long or not plain text", ErrMapping)
 	}
-	san, err := k.san.render(c)
+	a := assertion{issuer: issuer, claims: c}
+	if k.templates != nil {
+		a.texts = c.texts(*k.templates)
+	}
+	san, err := k.san(a)
 	if err != nil {
 		return nil, err
 	}
 	p.SAN = profile.SAN{Type: k.sanType, Value: san}
-	p.Extensions, err = k.render(issuer, c)
+	p.Extensions, err = k.render(a)
 	return p, err
 }
 
 // render fills in the extensions: issuer and subject as every type has them,
 // and the row's.
-func (k kind) render(issuer Issuer, c claims) (certificate.Extensions, error) {
-	e := certificate.Extensions{Issuer: c.text("iss"), Subject: c.text("sub")}
-	if issuer.IssuerClaim != "" {
-		if e.Issuer = c.at(issuer.IssuerClaim); e.Issuer == "" {
+func (k kind) render(a assertion) (certificate.Extensions, error) {
+	e := certificate.Extensions{Issuer: a.claims.text("iss"), Subject: a.claims.text("sub")}
+	if a.issuer.IssuerClaim != "" {
+		if e.Issuer = a.claims.at(a.issuer.IssuerClaim); e.Issuer == "" {
 			return e, refuse("claim of issuer-claim is missing")
 		}
 		if !plain(e.Issuer) {
@@ -143,7 +313,7 @@ func (k kind) render(issuer Issuer, c claims) (certificate.Extensions, error) {
 		}
 	}
 	for _, x := range k.extensions {
-		text, err := x.value.render(c)
+		text, err := x.value(a)
 		if err != nil {
 			return e, err
 		}
@@ -172,51 +342,64 @@ func (k kind) challenges(issuer Issuer, c claims) []string {
 	return out
 }
 
-// render puts claims into the template. Errors: ErrToken when a claim is
-// missing, ErrMapping when it cannot be certified.
-func (v value) render(c claims) (string, error) {
+// fill puts claims into a template (see text).
+func (c claims) fill(template string) (string, error) {
 	var out strings.Builder
-	rest := v.template
 	for {
-		before, after, found := strings.Cut(rest, "{")
+		before, after, found := strings.Cut(template, "{")
 		out.WriteString(before)
 		if !found {
-			break
+			return out.String(), nil
 		}
 		name, tail, _ := strings.Cut(after, "}")
-		text := c.text(name)
-		if text == "" {
+		name, optional := strings.CutSuffix(name, "?")
+		text := c.nested(name)
+		if text == "" && !optional {
 			return "", refuse("claim " + name + " is missing")
 		}
 		if !plain(text) {
 			return "", fmt.Errorf("%w: claim %s is too long or not plain text", ErrMapping, name)
 		}
 		out.WriteString(text)
-		rest = tail
+		template = tail
 	}
-	if v.base == "" {
-		return out.String(), nil
-	}
-	return joinURL(v.base, out.String())
 }
 
 // joinURL appends a path to base as net/url does. A path with a dot segment
 // would lead to another place than it says, and is refused.
 func joinURL(base, path string) (string, error) {
-	decoded, err := url.PathUnescape(path)
-	if err != nil {
-		return "", fmt.Errorf("%w: claim with an invalid percent-encoding", ErrMapping)
-	}
-	for segment := range strings.SplitSeq(decoded, "/") {
-		if segment == "." || segment == ".." {
-			return "", fmt.Errorf("%w: claim with a dot segment", ErrMapping)
-		}
+	if err := checkPath(path); err != nil {
+		return "", err
 	}
 	joined, err := url.JoinPath(base, path)
 	if err != nil {
 		return "", fmt.Errorf("%w: claim does not make a URL", ErrMapping)
 	}
 	return joined, nil
+}
+
+// parseURL reads an absolute URL with a host, without user information and dot
+// segments.
+func parseURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme == "" || u.Host == "" || u.User != nil {
+		return nil, fmt.Errorf("%w: claims do not make a URL with a host", ErrMapping)
+	}
+	return u, checkPath(u.Path)
+}
+
+// checkPath refuses dot segments.
+func checkPath(path string) error {
+	decoded, err := url.PathUnescape(path)
+	if err != nil {
+		return fmt.Errorf("%w: claim with an invalid percent-encoding", ErrMapping)
+	}
+	for segment := range strings.SplitSeq(decoded, "/") {
+		if segment == "." || segment == ".." {
+			return fmt.Errorf("%w: claim with a dot segment", ErrMapping)
+		}
+	}
+	return nil
 }
 
 // maxText bounds a claim that goes into a certificate, in octets.
@@ -229,57 +412,3 @@ func plain(text string) bool {
 		return r == utf8.RuneError || !unicode.IsGraphic(r)
 	})
 }
-
-// checkEmail is what type email asks of a token.
-func checkEmail(issuer Issuer, c claims) error {
-	verified, ok := c.verified("email_verified")
-	if !ok {
-		return refuse("email_verified is not a boolean")
-	}
-	if !verified && !issuer.SkipEmailVerification {
-		return refuse("e-mail address is not verified")
-	}
-	if !isMailbox(c.text("email")) {
-		return refuse("email is not an e-mail address")
-	}
-	return nil
-}
-
-// isMailbox says whether s is dot-atom@domain in ASCII (RFC 5321, Section
-// 4.1.2), the domain of at least two labels. Quoted local parts and literals
-// are not names of people, and an rfc822Name is ASCII (RFC 5280, 4.2.1.6).
-func isMailbox(s string) bool {
-	local, domain, ok := strings.Cut(s, "@")
-	if !ok || len(s) > 254 || len(local) > 64 || len(domain) > 253 {
-		return false
-	}
-	for atom := range strings.SplitSeq(local, ".") {
-		if atom == "" || strings.ContainsFunc(atom, func(r rune) bool { return !isAtext(r) }) {
-			return false
-		}
-	}
-	labels := strings.Split(domain, ".")
-	for _, label := range labels {
-		if !isLabel(label) {
-			return false
-		}
-	}
-	top := labels[len(labels)-1]
-	return len(labels) >= 2 && isLetter(rune(top[0]))
-}
-
-// isAtext is RFC 5322, Section 3.2.3.
-func isAtext(r rune) bool {
-	return isLetter(r) || isDigit(r) || strings.ContainsRune("!#$%&'*+-/=?^_`{|}~", r)
-}
-
-// isLabel is a label of letters, digits and inner hyphens (RFC 1123, 2.1).
-func isLabel(s string) bool {
-	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return false
-	}
-	return !strings.ContainsFunc(s, func(r rune) bool { return !isLetter(r) && !isDigit(r) && r != '-' })
-}
-
-func isLetter(r rune) bool { return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' }
-func isDigit(r rune) bool  { return '0' <= r && r <= '9' }

@@ -31,9 +31,12 @@ type source struct {
 	kind   kind
 	client *http.Client
 	keys   *keyring
+	// readFile reads the issuer's files, if it has any.
+	readFile func(string) ([]byte, error)
 }
 
-func newSource(issuer Issuer, opts Options) (*source, error) {
+func newSource(from known, opts Options) (*source, error) {
+	issuer := from.Issuer
 	u, err := url.Parse(issuer.IssuerURL)
 	if err != nil {
 		return nil, fmt.Errorf("%w: parse issuer-url: %w", ErrConfig, err)
@@ -45,9 +48,22 @@ func newSource(issuer Issuer, opts Options) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &source{issuer: issuer, kind: kinds[issuer.Type], client: client}
+	s := &source{issuer: issuer, kind: from.kind, client: client, readFile: opts.ReadFile}
+	if (issuer.KeysFile != "" || issuer.DiscoveryFile != "") && opts.ReadFile == nil {
+		return nil, fmt.Errorf("%w: issuer %.200q: its files cannot be read here", ErrConfig, issuer.IssuerURL)
+	}
 	s.keys = newKeyring(s.fetch, client.CloseIdleConnections, opts.Logger.With("issuer", issuer.IssuerURL))
 	return s, nil
+}
+
+// principal maps a verified token's claims.
+func (s *source) principal(t *token) (*Principal, error) {
+	p, err := s.kind.principal(s.issuer, t.claims)
+	if err != nil {
+		return nil, err
+	}
+	p.Token = t.use(s.issuer)
+	return p, nil
 }
 
 // verify checks the token's signature with the issuer's keys, and has go-oidc
@@ -100,19 +116,23 @@ var joseAlgorithms = func() (out []jose.SignatureAlgorithm) {
 	return out
 }()
 
-// fetch reads the issuer's discovery document (OpenID Connect Discovery 1.0,
-// Section 4) and its key set.
+// metadata is what we need of a discovery document (OpenID Connect Discovery
+// 1.0, Section 3).
+type metadata struct {
+	Issuer     string   `json:"issuer"`
+	Keys       string   `json:"jwks_uri"`
+	Algorithms []string `json:"id_token_signing_alg_values_supported"`
+}
+
+// fetch reads the issuer's discovery document and its key set, each from where
+// the configuration says.
 func (s *source) fetch(ctx context.Context) (*snapshot, error) {
-	provider, err := oidc.NewProvider(oidc.ClientContext(ctx, s.client), s.issuer.IssuerURL)
+	if s.issuer.KeysFile != "" {
+		return s.readKeys()
+	}
+	meta, err := s.discover(ctx)
 	if err != nil {
-		return nil, brief("discover issuer", err)
-	}
-	var meta struct {
-		Keys       string   `json:"jwks_uri"`
-		Algorithms []string `json:"id_token_signing_alg_values_supported"`
-	}
-	if err := provider.Claims(&meta); err != nil {
-		return nil, brief("read discovery document", err)
+		return nil, err
 	}
 	set := &snapshot{algorithms: usable(meta.Algorithms)}
 	if len(set.algorithms) == 0 {
@@ -127,6 +147,58 @@ func (s *source) fetch(ctx context.Context) (*snapshot, error) {
 		return nil, brief("parse key set", err)
 	}
 	return set, nil
+}
+
+// readKeys reads a key set from its file. It says nothing of algorithms; each
+// key takes those of its type.
+func (s *source) readKeys() (*snapshot, error) {
+	body, err := s.read(s.issuer.KeysFile)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := parseKeys(body)
+	if err != nil {
+		return nil, brief("parse key set", err)
+	}
+	return &snapshot{keys: keys, algorithms: algorithms, lifetime: minRefresh}, nil
+}
+
+// discover gets the discovery document.
+func (s *source) discover(ctx context.Context) (metadata, error) {
+	var meta metadata
+	if s.issuer.DiscoveryFile == "" {
+		provider, err := oidc.NewProvider(oidc.ClientContext(ctx, s.client), s.issuer.IssuerURL)
+		if err != nil {
+			return meta, brief("discover issuer", err)
+		}
+		if err := provider.Claims(&meta); err != nil {
+			return meta, brief("read discovery document", err)
+		}
+		return meta, nil
+	}
+	body, err := s.read(s.issuer.DiscoveryFile)
+	if err != nil {
+		return meta, err
+	}
+	if err := json.Unmarshal(body, &meta); err != nil {
+		return meta, errors.New("discovery-file is not a discovery document")
+	}
+	if meta.Issuer != s.issuer.IssuerURL {
+		return meta, errors.New("discovery-file is of another issuer")
+	}
+	return meta, nil
+}
+
+// read reads a file of the issuer.
+func (s *source) read(path string) ([]byte, error) {
+	body, err := s.readFile(path)
+	if err != nil {
+		return nil, brief("read file", err)
+	}
+	if len(body) > maxAnswer {
+		return nil, errTooLarge
+	}
+	return body, nil
 }
 
 func (s *source) get(ctx context.Context, url string) ([]byte, http.Header, error) {

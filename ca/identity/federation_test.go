@@ -1,0 +1,333 @@
+package identity
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+)
+
+// fulcioFile has everything that a published Fulcio configuration has: names
+// given once and used as keys, meta-issuers with and without a final slash.
+const fulcioFile = `
+define:
+  - &github "github-workflow"
+  - &other "other"
+oidc-issuers:
+  https://token.actions.example:
+    issuer-url: https://token.actions.example
+    client-id: sigstore
+    type: ci-provider
+    ci-provider: *github
+    contact: ops@example.com
+    description: "workflows"
+meta-issuers:
+  https://*.oic.aks.example/*/*:
+    client-id: sigstore
+    type: kubernetes
+  https://*.oic.aks.example/*/*/:
+    client-id: sigstore
+    type: kubernetes
+  https://token.actions.example/*:
+    client-id: sigstore
+    type: ci-provider
+    ci-provider: *github
+ci-issuer-metadata:
+  *github :
+    default-template-values:
+      url: "https://github.example"
+    extension-templates:
+      build-trigger: "event_name"
+      source-repository-ref: refs/{{if eq .ref_type "branch"}}heads/{{ else }}tags/{{end}}{{ .ref }}
+      runner-environment: '{{if eq (index . "ci.example/rerun") "true"}}again{{ else }}first{{end}}'
+    subject-alternative-name-template: "{{ .url }}/{{ .job_workflow_ref }}"
+  *other :
+    subject-alternative-name-template: "{{ .url }}"
+`
+
+func TestFulcioFile(t *testing.T) {
+	cfg, err := ParseConfig([]byte(fulcioFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := cfg.resolve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var order []string
+	for _, p := range all.patterns {
+		order = append(order, p.text)
+	}
+	want := []string{"https://token.actions.example/*", "https://*.oic.aks.example/*/*/", "https://*.oic.aks.example/*/*"}
+	if d := cmp.Diff(want, order); d != "" {
+		t.Error(d)
+	}
+	if n := len(all.issuers["https://token.actions.example"].kind.extensions); n != 3 {
+		t.Errorf("%d extensions, want 3", n)
+	}
+}
+
+// TestPatterns: what a wildcard stands for, and what it does not.
+func TestPatterns(t *testing.T) {
+	cfg, err := ParseConfig([]byte("meta-issuers:\n  https://oidc.*.clusters.example/id/*: {client-id: c, type: kubernetes}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := cfg.resolve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for iss, want := range map[string]bool{
+		"https://oidc.eu-west-1.clusters.example/id/B02C":            true,
+		"https://oidc.a_b.clusters.example/id/x":                     true,
+		"https://oidc.a.b.clusters.example/id/x":                     false,
+		"https://oidc..clusters.example/id/x":                        false,
+		"https://oidc.a.clusters.example/id/":                        false,
+		"https://oidc.a.clusters.example/id/x/y":                     false,
+		"https://oidc.a.clusters.example/id/x?y":                     false,
+		"https://oidc.a.clusters.example/id/x#y":                     false,
+		"https://oidc.a.clusters.example/id/..":                      false,
+		"https://oidc.a@evil.clusters.example/id/x":                  false,
+		"https://oidc.a/x.clusters.example/id/x":                     false,
+		"http://oidc.a.clusters.example/id/x":                        false,
+		"https://evil.example?https://oidc.a.clusters.example/id/x":  false,
+		"https://evil.example/https://oidc.a.clusters.example/id/x":  false,
+		"https://oidc.a.clusters.example/id/x\nhttps://evil.example": false,
+		"https://oidc.ä.clusters.example/id/x":                       false,
+		"https://oidcxa.clusters.example/id/x":                       false,
+	} {
+		if got := all.patterns[0].match.MatchString(iss); got != want {
+			t.Errorf("%q: %v, want %v", iss, got, want)
+		}
+	}
+}
+
+func TestMetaIssuerRefusals(t *testing.T) {
+	for _, test := range []struct{ name, pattern, rest, reason string }{
+		{"any host", "https://*", "type: email", "anybody's host"},
+		{"any domain", "https://*.example", "type: email", "anybody's host"},
+		{"any top domain", "https://idp.*", "type: email", "anybody's host"},
+		{"part of a label", "https://a*.example", "type: email", "anybody's host"},
+		{"any port", "https://idp.example.com:*", "type: email", "anybody's host"},
+		{"user", "https://*@idp.example.com", "type: email", "anybody's host"},
+		{"any scheme", "*://idp.example.com", "type: email", "not an https URL"},
+		{"no wildcard", "https://idp.example.com", "type: email", "no wildcard"},
+		{"trust domain of many", "https://*.idp.example.com", "type: spiffe, spiffe-trust-domain: example.com", "spiffe"},
+		{"names of many", "https://*.idp.example.com", "type: username", "subject-domain is missing"},
+		{"unknown type", "https://*.idp.example.com", "type: saml", "not supported"},
+		{"no templates", "https://*.idp.example.com", "type: ci-provider, ci-provider: x", "ci-issuer-metadata"},
+		{"pinned keys", "https://*.idp.example.com", "type: email, jwks-file: keys.json", "one issuer"},
+		{"query", "https://*.idp.example.com?x", "type: email", "URL"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := ParseConfig(fmt.Appendf(nil, "meta-issuers:\n  '%s': {client-id: c, %s}\n", test.pattern, test.rest))
+			if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.reason) {
+				t.Errorf("err %v, want %q", err, test.reason)
+			}
+		})
+	}
+}
+
+// tenants serves one provider below each path of one segment.
+func tenants(t *testing.T) (base string, token func(tenant string) string, asked *atomic.Int64) {
+	t.Helper()
+	key, err := providerKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked = new(atomic.Int64)
+	provider := func(issuer string) *oidctest.Provider {
+		return oidctest.New(oidctest.Config{
+			Issuer: issuer, Key: key, Subject: "s", Email: "alice@example.com", Now: func() time.Time { return noon },
+		})
+	}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		tenant, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+		if strings.HasPrefix(tenant, "missing") {
+			http.NotFound(w, r)
+			return
+		}
+		provider("http://"+r.Host+"/"+tenant).ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	return srv.URL, func(tenant string) string {
+		raw, err := provider(srv.URL + "/" + tenant).Token(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}, asked
+}
+
+func TestMetaIssuer(t *testing.T) {
+	base, token, _ := tenants(t)
+	v, err := New(t.Context(), Config{
+		MetaIssuers: map[string]Issuer{base + "/*": {ClientID: "sigstore", Type: "email", ChallengeClaim: "sub"}},
+		OIDCIssuers: map[string]Issuer{base + "/exact": {ClientID: "sigstore", Type: "username", SubjectDomain: "127.0.0.1"}},
+	}, Options{Now: atNoon, LoopbackHTTP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	for range 2 {
+		p, err := v.Verify(t.Context(), token("one"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Issuer != base+"/one" || p.SAN.Value != "alice@example.com" {
+			t.Errorf("principal %+v", p)
+		}
+		if d := cmp.Diff([]string{"alice@example.com"}, p.Challenges); d != "" {
+			t.Errorf("the challenge-claim was inherited: %s", d)
+		}
+	}
+	if p, err := v.Verify(t.Context(), token("exact")); err != nil || p.SAN.Value != "s!127.0.0.1" {
+		t.Errorf("the exact issuer: %v, %v", p, err)
+	}
+	if _, err := v.Verify(t.Context(), token("a.b")); !errors.Is(err, ErrToken) {
+		t.Errorf("an issuer that fits nothing: %v", err)
+	}
+	if n := len(v.others.members); n != 1 {
+		t.Errorf("%d issuers are remembered, want 1", n)
+	}
+}
+
+// TestMadeUpIssuers: tokens of issuers that fit a pattern and do not exist cost
+// a bounded number of fetches.
+func TestMadeUpIssuers(t *testing.T) {
+	base, token, asked := tenants(t)
+	v, err := New(t.Context(), Config{
+		MetaIssuers: map[string]Issuer{base + "/*": {ClientID: "sigstore", Type: "email"}},
+	}, Options{Now: atNoon, LoopbackHTTP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	refused := 0
+	for n := range 3 * federateBurst {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		if _, err := v.Verify(ctx, token(fmt.Sprintf("missing%d", n))); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("err %v", err)
+		} else if strings.Contains(err.Error(), "too many issuers") {
+			refused++
+		}
+		cancel()
+	}
+	if refused < federateBurst {
+		t.Errorf("%d of %d refused without a fetch", refused, 3*federateBurst)
+	}
+	if n := asked.Load(); n > 8*federateBurst {
+		t.Errorf("%d requests", n)
+	}
+	for iss, m := range v.others.members {
+		v.others.endProbation(iss, m)
+	}
+	if n := len(v.others.members); n != 0 {
+		t.Errorf("%d issuers are remembered after their probation", n)
+	}
+}
+
+// TestRoom: a full federation makes room by the issuer that is idle the longest,
+// and by no other.
+func TestRoom(t *testing.T) {
+	var stopped []string
+	f := newFederation(nil, nil)
+	now := time.Now()
+	add := func(name string, proven bool, used time.Time) {
+		f.members[name] = &member{proven: proven, used: used, stop: func() { stopped = append(stopped, name) }}
+	}
+	for n := range maxFederated - 2 {
+		add(fmt.Sprint(n), false, now.Add(-2*idleTime))
+	}
+	add("busy", true, now)
+	if !f.room(now) || stopped != nil {
+		t.Fatal("there is room")
+	}
+	add("busy too", true, now.Add(-time.Minute))
+	if f.room(now) {
+		t.Error("there is no room")
+	}
+	f.members["busy too"].used = now.Add(-idleTime)
+	if !f.room(now) {
+		t.Error("an idle issuer makes room")
+	}
+	if d := cmp.Diff([]string{"busy too"}, stopped); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestPinnedKeys: with files nothing is asked of the network, and a new key in
+// the file is taken.
+func TestPinnedKeys(t *testing.T) {
+	i := startIDP(t)
+	dir := t.TempDir()
+	write := func(name string, body []byte) {
+		if err := os.WriteFile(filepath.Join(dir, name), body, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	get := func(path string) []byte {
+		rec := httptest.NewRecorder()
+		i.Provider.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, path, nil))
+		return rec.Body.Bytes()
+	}
+	write("keys.json", []byte(`{"keys":[]}`))
+	write("discovery.json", get("/.well-known/openid-configuration"))
+	write("other.json", []byte(`{"issuer":"https://other.example","jwks_uri":"https://other.example/keys"}`))
+	write("huge.json", make([]byte, maxAnswer+1))
+	verifier := func(change func(*Issuer)) *Verifier {
+		issuer := i.email()
+		change(&issuer)
+		v, err := New(t.Context(), Config{OIDCIssuers: map[string]Issuer{issuer.IssuerURL: issuer}}, Options{
+			Now: atNoon, LoopbackHTTP: true,
+			ReadFile: func(name string) ([]byte, error) { return os.ReadFile(filepath.Join(dir, name)) },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(v.Close)
+		return v
+	}
+	pinned := verifier(func(i *Issuer) { i.KeysFile = "keys.json" })
+	if _, err := pinned.Verify(t.Context(), i.token(t, nil)); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("without a key: %v", err)
+	}
+	write("keys.json", get("/jwks"))
+	if _, err := pinned.Verify(t.Context(), i.token(t, nil)); err != nil {
+		t.Errorf("with the key: %v", err)
+	}
+	if n := i.fetches.Load(); n != 0 {
+		t.Errorf("%d fetches", n)
+	}
+	if _, err := verifier(func(i *Issuer) { i.DiscoveryFile = "discovery.json" }).Verify(t.Context(), i.token(t, nil)); err != nil {
+		t.Errorf("discovery from a file: %v", err)
+	}
+	for name, change := range map[string]func(*Issuer){
+		"discovery of another issuer": func(i *Issuer) { i.DiscoveryFile = "other.json" },
+		"file that is missing":        func(i *Issuer) { i.KeysFile = "none.json" },
+		"file that is huge":           func(i *Issuer) { i.KeysFile = "huge.json" },
+		"keys that are none":          func(i *Issuer) { i.KeysFile = "other.json" },
+		"discovery that is none":      func(i *Issuer) { i.DiscoveryFile = "huge.json" },
+	} {
+		if _, err := verifier(change).Verify(t.Context(), i.token(t, nil)); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	issuer := i.email()
+	issuer.KeysFile = "keys.json"
+	if _, err := New(t.Context(), Config{OIDCIssuers: map[string]Issuer{issuer.IssuerURL: issuer}}, Options{Now: atNoon, LoopbackHTTP: true}); !errors.Is(err, ErrConfig) {
+		t.Errorf("files without a reader: %v", err)
+	}
+}

@@ -1,0 +1,221 @@
+package identity
+
+import (
+	"fmt"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/sigstore/fulcio/pkg/certificate"
+)
+
+// preset is a kind of identity provider whose configuration is known. What
+// differs from site to site is derived from the issuer's URL by site.
+type preset struct {
+	// about is one line for people: what the issuer's URL looks like.
+	about string
+	// issuer has the fields that the preset decides.
+	issuer Issuer
+	// templates are for type ci-provider; "site" in them is what site returns,
+	// whatever a token says.
+	templates CIMetadata
+	// site derives from the issuer's URL: the address of the provider's web
+	// pages, "" where none is needed. It refuses a URL that is not of this
+	// kind of provider.
+	site func(*url.URL) (string, error)
+}
+
+// Presets returns what a preset's name stands for, one line each.
+func Presets() map[string]string {
+	out := make(map[string]string, len(presets))
+	for name, p := range presets {
+		out[name] = p.about
+	}
+	return out
+}
+
+// usePreset fills an issuer in from its preset.
+func usePreset(i Issuer) (Issuer, CIMetadata, error) {
+	p, ok := presets[i.Preset]
+	if !ok {
+		return i, CIMetadata{}, fmt.Errorf("preset %.40q is not one of %s", i.Preset, strings.Join(slices.Sorted(maps.Keys(presets)), ", "))
+	}
+	if i.Type != "" || i.CIProvider != "" {
+		return i, CIMetadata{}, fmt.Errorf("preset and type exclude each other")
+	}
+	u, err := url.Parse(i.IssuerURL)
+	if err != nil {
+		return i, CIMetadata{}, fmt.Errorf("parse issuer-url: %w", err)
+	}
+	site, err := p.site(u)
+	if err != nil {
+		return i, CIMetadata{}, fmt.Errorf("preset %s: %w (%s)", i.Preset, err, p.about)
+	}
+	i.Type, i.CIProvider = p.issuer.Type, p.issuer.CIProvider
+	i.SkipEmailVerification = i.SkipEmailVerification || p.issuer.SkipEmailVerification
+	if i.Type == "uri" && i.SubjectDomain == "" {
+		i.SubjectDomain = site
+	}
+	m := p.templates
+	m.fixed = map[string]string{"site": site}
+	return i, m, nil
+}
+
+// presets are the kinds of provider. The claims are those that each provider
+// documents for its ID tokens.
+var presets = map[string]preset{
+	"github": {
+		about:     "https://token.actions.githubusercontent.com, or below it the slug of an enterprise",
+		issuer:    Issuer{Type: "ci-provider", CIProvider: "github"},
+		templates: githubTemplates,
+		site: func(u *url.URL) (string, error) {
+			return "https://github.com", wantHost(u, "token.actions.githubusercontent.com")
+		},
+	},
+	"github-enterprise": {
+		about:     "https://HOST/_services/token, or https://token.actions.NAME.ghe.com",
+		issuer:    Issuer{Type: "ci-provider", CIProvider: "github"},
+		templates: githubTemplates,
+		site: func(u *url.URL) (string, error) {
+			if name, ok := strings.CutPrefix(u.Host, "token.actions."); ok && strings.HasSuffix(name, ".ghe.com") {
+				return "https://" + name, nil
+			}
+			if u.Path != "/_services/token" {
+				return "", fmt.Errorf("issuer-url is not of a GitHub Enterprise")
+			}
+			return u.Scheme + "://" + u.Host, nil
+		},
+	},
+	"gitlab": {
+		about:     "https://gitlab.com",
+		issuer:    Issuer{Type: "ci-provider", CIProvider: "gitlab"},
+		templates: gitlabTemplates,
+		site:      func(u *url.URL) (string, error) { return "https://gitlab.com", wantHost(u, "gitlab.com") },
+	},
+	"gitlab-self-hosted": {
+		about:     "the address of the GitLab, https://HOST or https://HOST/PATH",
+		issuer:    Issuer{Type: "ci-provider", CIProvider: "gitlab"},
+		templates: gitlabTemplates,
+		site:      itself,
+	},
+	"buildkite": {
+		about:  "https://agent.buildkite.com",
+		issuer: Issuer{Type: "ci-provider", CIProvider: "buildkite"},
+		templates: CIMetadata{
+			ExtensionTemplates: certificate.Extensions{
+				RunnerEnvironment:      "runner_environment",
+				SourceRepositoryDigest: "build_commit",
+				BuildTrigger:           "build_source",
+				RunInvocationURI:       "{{.site}}/{{.organization_slug}}/{{.pipeline_slug}}/builds/{{.build_number}}#{{.job_id}}",
+			},
+			SubjectAlternativeNameTemplate: "{{.site}}/{{.organization_slug}}/{{.pipeline_slug}}",
+		},
+		site: func(u *url.URL) (string, error) { return "https://buildkite.com", wantHost(u, "agent.buildkite.com") },
+	},
+	"circleci": {
+		about:  "https://oidc.circleci.com/org/ORGANIZATION-ID",
+		issuer: Issuer{Type: "ci-provider", CIProvider: "circleci"},
+		templates: CIMetadata{
+			DefaultTemplateValues: map[string]string{"oidc.circleci.com/vcs-ref": "", "oidc.circleci.com/vcs-origin": ""},
+			ExtensionTemplates: certificate.Extensions{
+				BuildConfigURI:      `{{.site}}/api/v2/pipeline/{{need . "oidc.circleci.com/pipeline-id"}}/config`,
+				SourceRepositoryURI: "oidc.circleci.com/vcs-origin",
+				SourceRepositoryRef: "oidc.circleci.com/vcs-ref",
+			},
+			SubjectAlternativeNameTemplate: `{{.site}}/api/v2/projects/{{need . "oidc.circleci.com/project-id"}}/pipeline-definitions/{{need . "oidc.circleci.com/pipeline-definition-id"}}`,
+		},
+		site: func(u *url.URL) (string, error) { return "https://circleci.com", wantHost(u, "oidc.circleci.com") },
+	},
+	"jenkins": {
+		about:  "the issuer of the OpenID Connect Provider plugin, https://HOST/oidc; a token's subject is the URL of its job",
+		issuer: Issuer{Type: "uri"},
+		site:   func(u *url.URL) (string, error) { return u.Scheme + "://" + u.Host, nil },
+	},
+	"kubernetes": {
+		about:  "the issuer of the cluster's service account tokens (kubectl get --raw /.well-known/openid-configuration)",
+		issuer: Issuer{Type: "kubernetes"},
+		site:   none,
+	},
+	"google": {
+		about:  "https://accounts.google.com",
+		issuer: Issuer{Type: "email"},
+		site:   func(u *url.URL) (string, error) { return "", wantHost(u, "accounts.google.com") },
+	},
+	"entra": {
+		about:  "https://login.microsoftonline.com/TENANT-ID/v2.0; the tenant alone decides who has which address",
+		issuer: Issuer{Type: "email", SkipEmailVerification: true},
+		site: func(u *url.URL) (string, error) {
+			tenant, rest, _ := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
+			if len(tenant) != 36 || strings.Count(tenant, "-") != 4 || rest != "v2.0" {
+				return "", fmt.Errorf("issuer-url is not of one tenant")
+			}
+			return "", nil
+		},
+	},
+	"okta":     {about: "https://NAME.okta.com, or https://NAME.okta.com/oauth2/SERVER", issuer: Issuer{Type: "email"}, site: none},
+	"keycloak": {about: "https://HOST/realms/REALM", issuer: Issuer{Type: "email"}, site: none},
+	"dex":      {about: "the issuer of Dex's configuration", issuer: Issuer{Type: "email"}, site: none},
+}
+
+// githubTemplates map the claims of GitHub Actions.
+var githubTemplates = CIMetadata{
+	DefaultTemplateValues: map[string]string{"environment": ""},
+	ExtensionTemplates: certificate.Extensions{
+		GithubWorkflowTrigger:               "event_name",
+		GithubWorkflowSHA:                   "sha",
+		GithubWorkflowName:                  "workflow",
+		GithubWorkflowRepository:            "repository",
+		GithubWorkflowRef:                   "ref",
+		BuildSignerURI:                      "{{.site}}/{{.job_workflow_ref}}",
+		BuildSignerDigest:                   "job_workflow_sha",
+		RunnerEnvironment:                   "runner_environment",
+		SourceRepositoryURI:                 "{{.site}}/{{.repository}}",
+		SourceRepositoryDigest:              "sha",
+		SourceRepositoryRef:                 "ref",
+		SourceRepositoryIdentifier:          "repository_id",
+		SourceRepositoryOwnerURI:            "{{.site}}/{{.repository_owner}}",
+		SourceRepositoryOwnerIdentifier:     "repository_owner_id",
+		BuildConfigURI:                      "{{.site}}/{{.workflow_ref}}",
+		BuildConfigDigest:                   "workflow_sha",
+		BuildTrigger:                        "event_name",
+		RunInvocationURI:                    "{{.site}}/{{.repository}}/actions/runs/{{.run_id}}/attempts/{{.run_attempt}}",
+		SourceRepositoryVisibilityAtSigning: "repository_visibility",
+		DeploymentEnvironment:               "environment",
+	},
+	SubjectAlternativeNameTemplate: "{{.site}}/{{.job_workflow_ref}}",
+}
+
+// gitlabTemplates map the claims of GitLab CI.
+var gitlabTemplates = CIMetadata{
+	DefaultTemplateValues: map[string]string{"environment": "", "ci_config_sha": ""},
+	ExtensionTemplates: certificate.Extensions{
+		BuildSignerURI:                      "https://{{.ci_config_ref_uri}}",
+		BuildSignerDigest:                   "ci_config_sha",
+		RunnerEnvironment:                   "runner_environment",
+		SourceRepositoryURI:                 "{{.site}}/{{.project_path}}",
+		SourceRepositoryDigest:              "sha",
+		SourceRepositoryRef:                 `refs/{{if eq .ref_type "branch"}}heads{{else}}tags{{end}}/{{.ref}}`,
+		SourceRepositoryIdentifier:          "project_id",
+		SourceRepositoryOwnerURI:            "{{.site}}/{{.namespace_path}}",
+		SourceRepositoryOwnerIdentifier:     "namespace_id",
+		BuildConfigURI:                      "https://{{.ci_config_ref_uri}}",
+		BuildConfigDigest:                   "ci_config_sha",
+		BuildTrigger:                        "pipeline_source",
+		RunInvocationURI:                    "{{.site}}/{{.project_path}}/-/jobs/{{.job_id}}",
+		SourceRepositoryVisibilityAtSigning: "project_visibility",
+		DeploymentEnvironment:               "environment",
+	},
+	SubjectAlternativeNameTemplate: "https://{{.ci_config_ref_uri}}",
+}
+
+func wantHost(u *url.URL, host string) error {
+	if u.Host != host {
+		return fmt.Errorf("issuer-url is not at %s", host)
+	}
+	return nil
+}
+
+func itself(u *url.URL) (string, error) { return strings.TrimSuffix(u.String(), "/"), nil }
+
+func none(*url.URL) (string, error) { return "", nil }

@@ -1,0 +1,104 @@
+package identity
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/chancery-ca/chancery/ca/profile"
+)
+
+// TestPresets: every preset has a row, and makes the identity that its
+// provider's pages have.
+func TestPresets(t *testing.T) {
+	circle := map[string]any{
+		"sub": "org/1/project/2/user/3", "oidc.circleci.com/project-id": "p-1", "oidc.circleci.com/pipeline-definition-id": "d-1",
+		"oidc.circleci.com/pipeline-id": "pl-1",
+	}
+	person := map[string]any{"sub": "1", "email": "alice@example.com", "email_verified": true}
+	seen := map[string]bool{}
+	for _, test := range []struct {
+		preset, issuer string
+		claims         map[string]any
+		san            profile.SAN
+	}{
+		{"github", "https://token.actions.githubusercontent.com", workflow, profile.SAN{Type: profile.URI, Value: "https://github.com/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
+		{"github", "https://token.actions.githubusercontent.com/acme", workflow, profile.SAN{Type: profile.URI, Value: "https://github.com/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
+		{"github-enterprise", "https://git.acme.example/_services/token", workflow, profile.SAN{Type: profile.URI, Value: "https://git.acme.example/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
+		{"github-enterprise", "https://token.actions.acme.ghe.com", workflow, profile.SAN{Type: profile.URI, Value: "https://acme.ghe.com/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
+		{"gitlab", "https://gitlab.com", pipeline, profile.SAN{Type: profile.URI, Value: "https://gitlab.com/my-group/my-project//.gitlab-ci.yml@refs/heads/main"}},
+		{"gitlab-self-hosted", "https://git.acme.example/gitlab", pipeline, profile.SAN{Type: profile.URI, Value: "https://gitlab.com/my-group/my-project//.gitlab-ci.yml@refs/heads/main"}},
+		{"buildkite", "https://agent.buildkite.com", job, profile.SAN{Type: profile.URI, Value: "https://buildkite.com/acme-inc/super-duper-app"}},
+		{"circleci", "https://oidc.circleci.com/org/1", circle, profile.SAN{Type: profile.URI, Value: "https://circleci.com/api/v2/projects/p-1/pipeline-definitions/d-1"}},
+		{"jenkins", "https://ci.acme.example/oidc", map[string]any{"sub": "https://ci.acme.example/job/build/"}, profile.SAN{Type: profile.URI, Value: "https://ci.acme.example/job/build/"}},
+		{"kubernetes", "https://kubernetes.default.svc.cluster.local", serviceAccount, profile.SAN{Type: profile.URI, Value: "https://kubernetes.io/namespaces/default/serviceaccounts/builder"}},
+		{"google", "https://accounts.google.com", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+		{"entra", "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0", map[string]any{"sub": "1", "email": "alice@example.com"}, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+		{"okta", "https://acme.okta.com", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+		{"keycloak", "https://id.acme.example/realms/acme", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+		{"dex", "https://dex.acme.example", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+	} {
+		seen[test.preset] = true
+		k, err := Config{}.know(Issuer{IssuerURL: test.issuer, ClientID: "sigstore", Preset: test.preset})
+		if err != nil {
+			t.Errorf("%s: %v", test.preset, err)
+			continue
+		}
+		// A claim of the name that the preset fixes changes nothing.
+		p, err := k.kind.principal(k.Issuer, asClaims(t, with(test.claims, map[string]any{"iss": test.issuer, "site": "https://evil.example"})))
+		if err != nil {
+			t.Errorf("%s: %v", test.preset, err)
+			continue
+		}
+		if p.SAN != test.san {
+			t.Errorf("%s: %v, want %v", test.preset, p.SAN, test.san)
+		}
+		if p.Extensions.Issuer != test.issuer {
+			t.Errorf("%s: issuer %s", test.preset, p.Extensions.Issuer)
+		}
+		if e := p.Extensions; e.SourceRepositoryURI != "" && strings.Contains(e.SourceRepositoryURI, "evil") {
+			t.Errorf("%s: %s", test.preset, e.SourceRepositoryURI)
+		}
+	}
+	for name, about := range Presets() {
+		if !seen[name] || about == "" {
+			t.Errorf("preset %s is not tried, or says nothing of itself", name)
+		}
+	}
+}
+
+func TestPresetRefusals(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		issuer Issuer
+		reason string
+	}{
+		{"unknown", Issuer{IssuerURL: "https://a.example", Preset: "travis"}, "is not one of buildkite, "},
+		{"and a type", Issuer{IssuerURL: "https://gitlab.com", Preset: "gitlab", Type: "email"}, "exclude each other"},
+		{"GitHub elsewhere", Issuer{IssuerURL: "https://github.example", Preset: "github"}, "not at token.actions"},
+		{"GitLab elsewhere", Issuer{IssuerURL: "https://gitlab.example", Preset: "gitlab"}, "not at gitlab.com"},
+		{"Enterprise without its path", Issuer{IssuerURL: "https://git.example", Preset: "github-enterprise"}, "not of a GitHub Enterprise"},
+		{"every tenant", Issuer{IssuerURL: "https://login.microsoftonline.com/common/v2.0", Preset: "entra"}, "not of one tenant"},
+	} {
+		test.issuer.ClientID = "sigstore"
+		cfg := Config{OIDCIssuers: map[string]Issuer{test.issuer.IssuerURL: test.issuer}}
+		if err := cfg.Validate(); !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.reason) {
+			t.Errorf("%s: err %v, want %q", test.name, err, test.reason)
+		}
+	}
+}
+
+// asClaims passes values through JSON, as a token does.
+func asClaims(t *testing.T, values map[string]any) claims {
+	t.Helper()
+	b, err := json.Marshal(values)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseClaims(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
