@@ -38,6 +38,11 @@
 // officer and the user PIN of the source together can take the key out; give
 // them to different people.
 //
+// What the module must do: CKM_ECDH1_DERIVE, CKM_AES_KEY_WRAP_PAD, CKA_TRUSTED,
+// CKA_WRAP_WITH_TRUSTED, CKA_UNWRAP_TEMPLATE and CKA_COPYABLE. SoftHSM 2.6.1
+// does. p11-kit's remoting 0.24 does not carry the derivation: pair where the
+// token is.
+//
 // A wrapped key signs itself (hsm.Wrapped), for AES-KWP protects the key's
 // octets and neither its name nor its role.
 //
@@ -268,7 +273,7 @@ func (r *restoring) on(c *connection) (*pair, error) {
 				return err
 			}
 			if _, err := r.unwrap(c, s, under, true, false); err != nil {
-				return err
+				return fmt.Errorf("unwrap into the token, if the private key is there now restore again to finish: %w", err)
 			}
 		}
 		if public == 0 {

@@ -114,3 +114,19 @@ func startRestore(t *testing.T, o order, w hsm.Wrapped) *exec.Cmd {
 	t.Cleanup(func() { _ = child.Process.Kill() }) // if it still runs
 	return child
 }
+
+// TestPairThroughRemoting: p11-kit does not carry what Pair needs. It must say
+// so, and not send the pointers of a template to another process.
+func TestPairThroughRemoting(t *testing.T) {
+	source := hsmtest.NewRemote(t)
+	target := hsmtest.NewSoftHSM(t)
+	target.Module = source.Token.Module
+	source.Kill(t)
+	source.Start(t) // it sees the new token
+	_, err := pkcs11.Pair(t.Context(), "wrapping-key", officer(source.Token), officer(target))
+	wants(t, source.Token, "pair", err, hsm.ErrUnsupported)
+	opened := hsmtest.OpenSoftHSM(t, target)
+	if n, err := opened.Keys(t.Context()); err != nil || n != 0 {
+		t.Errorf("the target has %d keys (%v), want 0", n, err)
+	}
+}
