@@ -286,7 +286,7 @@ func TestReadRefusesOtherManifests(t *testing.T) {
 		{"negative size", `"size": 3000`, `"size": -300`, ErrTooLarge},
 		{"more in all than a bundle has", `"size": 3000`, `"size": 9e99`, ErrFormat},
 		{"another size", `"size": 3000`, `"size": 3001`, ErrFormat},
-		{"hash not hexadecimal", `"head": "`+hex.EncodeToString(head[:1]), `"head": "zz`, ErrFormat},
+		{"hash not hexadecimal", `"head": "` + hex.EncodeToString(head[:1]), `"head": "zz`, ErrFormat},
 		{"white space", `"version": 1`, `"version" :1`, ErrFormat},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -97,14 +97,16 @@ func (r *Repository) readRoots(versions []int64) error {
 		if v != int64(i)+1 {
 			return fmt.Errorf("root %d is missing: %w", i+1, ErrVersion)
 		}
-		data := r.files[RoleRoot.fileName(v)]
-		root, err := ParseRoot(data)
+		root, signed, err := parseRoot(r.files[RoleRoot.fileName(v)])
 		if err != nil {
 			return fmt.Errorf("root %d: %w", v, err)
 		}
-		draft, err := ReadRootDraft(data, previous)
+		if root.Version != v {
+			return fmt.Errorf("%s has version %d: %w", RoleRoot.fileName(v), root.Version, ErrVersion)
+		}
+		by, err := rootAuthorities(root, previous)
 		if err == nil {
-			err = draft.Err()
+			err = signed.verify(by...)
 		}
 		if err != nil {
 			return fmt.Errorf("root %d: %w", v, err)

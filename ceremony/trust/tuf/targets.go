@@ -28,7 +28,7 @@ func Targets(trustedRoot, signingConfig []byte, now time.Time) ([]Target, error)
 	if _, err := trust.ParseSigningConfig(signingConfig); err != nil {
 		return nil, err
 	}
-	f := flat{now: now, seen: map[[sha256.Size]byte]bool{}, count: map[series]int{}}
+	f := flat{now: now, at: map[entry]int{}, count: map[series]int{}}
 	for _, a := range root.CertificateAuthorities {
 		f.chain(a, "Fulcio", fulcioIntermediate, fulcioIntermediate, fulcioRoot)
 	}
@@ -68,8 +68,14 @@ var (
 type flat struct {
 	now     time.Time
 	targets []Target
-	seen    map[[sha256.Size]byte]bool // by content: a root stands in several chains
+	at      map[entry]int // index in targets
 	count   map[series]int
+}
+
+// entry is a certificate or key in one use.
+type entry struct {
+	usage string
+	hash  [sha256.Size]byte
 }
 
 // chain adds the certificates of an authority: the first, those between, the
@@ -96,19 +102,25 @@ func (f *flat) key(l trust.Log, usage string, names series) error {
 	return nil
 }
 
+// add adds a target, or says of one that stands in the list already (a root has
+// several intermediates) that it is active too.
 func (f *flat) add(names series, block string, der []byte, usage, uri string, valid trust.Validity) {
+	status := "Active"
+	if !valid.End.IsZero() && valid.End.Before(f.now) {
+		status = "Expired"
+	}
 	content := pem.EncodeToMemory(&pem.Block{Type: block, Bytes: der})
-	hash := sha256.Sum256(content)
-	if f.seen[hash] {
+	what := entry{usage, sha256.Sum256(content)}
+	if i, ok := f.at[what]; ok {
+		if status == "Active" {
+			f.targets[i].Status = status
+		}
 		return
 	}
-	f.seen[hash] = true
-	t := Target{Name: names.first, Content: content, Usage: usage, Status: "Active", URI: uri}
+	f.at[what] = len(f.targets)
+	t := Target{Name: names.first, Content: content, Usage: usage, Status: status, URI: uri}
 	if f.count[names]++; f.count[names] > 1 {
 		t.Name = fmt.Sprintf(names.others, f.count[names])
-	}
-	if !valid.End.IsZero() && valid.End.Before(f.now) {
-		t.Status = "Expired"
 	}
 	f.targets = append(f.targets, t)
 }
