@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
@@ -262,7 +263,7 @@ func (r *run) open() error {
 	if err := os.MkdirAll(r.opts.Dir, 0o755); err != nil {
 		return fmt.Errorf("make output folder: %w", err)
 	}
-	if err := checkFresh(r.opts.Dir); err != nil {
+	if err := checkFresh(r.opts.Dir, r.def); err != nil {
 		return err
 	}
 	if err := newFile(definitionName, r.def.source).write(r.opts.Dir); err != nil {
@@ -273,18 +274,33 @@ func (r *run) open() error {
 }
 
 // checkFresh wants nothing in the folder but what a kill before the first
-// record leaves: the definition's copy, whole (write compares it) or not.
-func checkFresh(dir string) error {
+// record leaves: the definition's copy, whole (write compares it) or not. The
+// folders that the definition names for a TPM's key files may be there, because
+// the token is opened with them; what is in them the token counts.
+func checkFresh(dir string, d *Definition) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("list output folder: %w", err)
 	}
 	for _, e := range entries {
-		if e.Name() != definitionName && e.Name() != partialName(definitionName) {
+		if e.Name() != definitionName && e.Name() != partialName(definitionName) && !(e.IsDir() && d.hasKeyFolder(e.Name())) {
 			return fmt.Errorf("%s: %w", e.Name(), ErrOutputExists)
 		}
 	}
 	return nil
+}
+
+// hasKeyFolder says whether a TPM of the definition keeps its key files in the
+// folder of this name in the outputs, or below it.
+func (d *Definition) hasKeyFolder(name string) bool {
+	for _, t := range d.Tokens {
+		path, ok := strings.CutPrefix(t.URI, "tpm2:")
+		path, _, _ = strings.Cut(path, "?")
+		if first, _, _ := strings.Cut(path, "/"); ok && first == name {
+			return true
+		}
+	}
+	return false
 }
 
 // reopen replays the transcript of an interrupted run.
