@@ -6,8 +6,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/base64"
 	"encoding/hex"
@@ -23,10 +25,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 	"github.com/chancery-ca/chancery/hsm/tpm"
+	"github.com/google/go-tpm/tpm2"
 )
 
 // attested is a TPM with a certified endorsement key, a key in it, and an
@@ -89,6 +93,7 @@ func TestAttestation(t *testing.T) {
 	t.Run("evidence", x.testEvidence)
 	t.Run("challenge", x.testChallenge)
 	t.Run("openssl agrees", x.testOpenSSL)
+	t.Run("certificates", x.testCertificates)
 	t.Run("beside signatures", x.testBesideSignatures)
 	t.Run("after a reset", x.testReset)
 }
@@ -399,6 +404,173 @@ func (x *attested) testOpenSSL(t *testing.T) {
 	cmd.Dir = dir
 	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "Verified OK") {
 		t.Errorf("openssl: %v: %s", err, out)
+	}
+}
+
+// maker is a CA that certifies the endorsement key of a TPM as its maker would.
+type maker struct {
+	key   *ecdsa.PrivateKey
+	cert  *x509.Certificate
+	roots *x509.CertPool
+}
+
+func newMaker(t *testing.T) *maker {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "maker"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &maker{key: key, roots: x509.NewCertPool()}
+	if m.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	m.roots.AddCert(m.cert)
+	return m
+}
+
+// directoryName is a critical subjectAltName with a directory name of the TCG's
+// three attributes.
+func directoryName(t *testing.T, manufacturer, model, version string) pkix.Extension {
+	t.Helper()
+	type attribute struct {
+		Type  asn1.ObjectIdentifier
+		Value string `asn1:"utf8"`
+	}
+	type rdnSET []attribute // the name makes it a SET
+	names, err := asn1.Marshal([]rdnSET{
+		{{asn1.ObjectIdentifier{2, 23, 133, 2, 1}, manufacturer}},
+		{{asn1.ObjectIdentifier{2, 23, 133, 2, 2}, model}},
+		{{asn1.ObjectIdentifier{2, 23, 133, 2, 3}, version}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	value, err := asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 4, IsCompound: true, Bytes: names}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Critical: true, Value: value}
+}
+
+// testCertificates has a CA of ours certify the emulator's endorsement key in
+// ways that a TPM's maker may, or must not.
+func (x *attested) testCertificates(t *testing.T) {
+	m := newMaker(t)
+	ek, err := x509.ParseCertificate(x.a.EKCertificate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ekUsage := []asn1.ObjectIdentifier{{2, 23, 133, 8, 1}}
+	real := tpm.EKDevice{Manufacturer: "id:49465800", Model: "SLB9672", Version: "id:000F0016"}
+	for _, tc := range []struct {
+		name   string
+		change func(c *x509.Certificate)
+		key    any
+		want   hsm.Level // "" = refused
+		device tpm.EKDevice
+	}{
+		{"a chip", func(*x509.Certificate) {}, ek.PublicKey, hsm.LevelAttested, real},
+		{"expired since", func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }, ek.PublicKey, hsm.LevelAttested, real},
+		{"without usages", func(c *x509.Certificate) { c.UnknownExtKeyUsage = nil }, ek.PublicKey, hsm.LevelAttested, real},
+		{"without a name", func(c *x509.Certificate) { c.ExtraExtensions = nil }, ek.PublicKey, hsm.LevelAttested, tpm.EKDevice{}},
+		{"an emulator", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{directoryName(t, "id:00001014", "SWTPM", "id:1")}
+		}, ek.PublicKey, hsm.LevelSoftware, tpm.EKDevice{Manufacturer: "id:00001014", Model: "SWTPM", Version: "id:1"}},
+		{"of another key", func(*x509.Certificate) {}, m.key.Public(), "", tpm.EKDevice{}},
+		{"of a CA", func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }, ek.PublicKey, "", tpm.EKDevice{}},
+		{"for a server", func(c *x509.Certificate) {
+			c.UnknownExtKeyUsage, c.ExtKeyUsage = nil, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}, ek.PublicKey, "", tpm.EKDevice{}},
+		{"before the CA", func(c *x509.Certificate) { c.NotBefore = time.Now().Add(-2 * time.Hour) }, ek.PublicKey, "", tpm.EKDevice{}},
+		{"with an unknown critical extension", func(c *x509.Certificate) {
+			c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}})
+		}, ek.PublicKey, "", tpm.EKDevice{}},
+		{"with a broken name", func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Critical: true, Value: []byte{0x30, 3, 0xa4, 1, 9}}}
+		}, ek.PublicKey, "", tpm.EKDevice{}},
+	} {
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(2), NotBefore: time.Now().Add(-30 * time.Minute), NotAfter: time.Now().Add(time.Hour),
+			KeyUsage: x509.KeyUsageKeyAgreement, UnknownExtKeyUsage: ekUsage,
+			ExtraExtensions: []pkix.Extension{directoryName(t, real.Manufacturer, real.Model, real.Version)},
+		}
+		tc.change(template)
+		der, err := x509.CreateCertificate(rand.Reader, template, m.cert, tc.key, m.key)
+		if err != nil {
+			t.Fatalf("%s: %v", tc.name, err)
+		}
+		a := copied(t, x.a)
+		a.EKCertificate = der
+		v, err := tpm.VerifyAttestation(a, x.key.Ref().SPKI, x.nonce, m.roots)
+		switch {
+		case tc.want == "":
+			if !errors.Is(err, tpm.ErrAttestation) {
+				t.Errorf("%s: verdict %+v, error %v, want ErrAttestation", tc.name, v, err)
+			}
+		case err != nil || v.Level != tc.want || v.Device != tc.device:
+			t.Errorf("%s: verdict %+v, error %v, want %s of %+v", tc.name, v, err, tc.want, tc.device)
+		}
+		if tc.want != hsm.LevelAttested {
+			continue
+		}
+		// Each part of that level is needed.
+		if v, err := tpm.VerifyAttestation(a, x.key.Ref().SPKI, x.nonce, nil); err != nil || v.Level != hsm.LevelModule {
+			t.Errorf("%s, without roots: verdict %+v, error %v", tc.name, v, err)
+		}
+		a.Activation = nil
+		if v, err := tpm.VerifyAttestation(a, x.key.Ref().SPKI, x.nonce, m.roots); err != nil || v.Level != hsm.LevelModule {
+			t.Errorf("%s, without an activation: verdict %+v, error %v", tc.name, v, err)
+		}
+	}
+}
+
+// TestRSAEndorsementKey challenges a TPM by its RSA key, whose certificate
+// tpm2-tools read.
+func TestRSAEndorsementKey(t *testing.T) {
+	if _, err := exec.LookPath("tpm2_nvread"); err != nil {
+		hsmtest.Missing(t, "tpm2-tools is not installed (Debian: apt install tpm2-tools)")
+	}
+	e := hsmtest.SWTPM(t)
+	roots := e.Certify(t)
+	read := exec.CommandContext(t.Context(), "tpm2_nvread", "0x1c00002")
+	read.Env = append(read.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+e.Socket())
+	der, err := read.Output()
+	if err != nil {
+		t.Fatalf("tpm2_nvread: %v", err)
+	}
+	certificate, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := hsmtest.OpenTPM(t, e.Config(t))
+	k := hsmtest.NewKey(t, token, "k", hsm.ECDSAP256)
+	nonce := make([]byte, 32)
+	a, err := token.Attest(t.Context(), k, nonce)
+	if err != nil {
+		t.Fatal(err)
+	}
+	area := tpm2.RSAEKTemplate
+	area.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: certificate.PublicKey.(*rsa.PublicKey).N.Bytes()})
+	a.EK, a.EKCertificate = tpm2.Marshal(area), der
+	if v, err := tpm.VerifyAttestation(a, k.Ref().SPKI, nonce, roots); err != nil || v.Chain != tpm.ChainVerified {
+		t.Fatalf("verdict %+v, error %v", v, err)
+	}
+	secret := make([]byte, 32)
+	_, _ = rand.Read(secret)
+	c, err := tpm.MakeCredential(a, secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := token.ActivateCredential(t.Context(), a, c); err != nil || !bytes.Equal(got, secret) {
+		t.Errorf("answer %x, error %v", got, err)
 	}
 }
 

@@ -188,7 +188,9 @@ func (p *Publisher) takeEpoch(ctx context.Context, rec Record) error {
 	p.epoch = epochs{began: time.Now(), behind: behind, pause: firstCounterPause}
 	p.epochNow.Store(rec.Epoch)
 	if len(rec.Start.Signature) == 0 {
-		if rec.Sequence > 0 {
+		if rec.Sequence == 0 {
+			p.cfg.Logger.Warn("a new anchor is bound to a hardware counter: this log begins now", "epoch", rec.Epoch)
+		} else {
 			p.cfg.Logger.Error("an operator bound the anchor to a hardware counter: what came before is not proven by it",
 				"size", rec.Size, "epoch", rec.Epoch, "sequence", rec.Sequence)
 		}

@@ -2,6 +2,7 @@ package head
 
 import (
 	"context"
+	"crypto"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -176,7 +177,7 @@ func TestEpochs(t *testing.T) {
 	}
 }
 
-// TestEpochInterval counts the advances of a day: with a leaf each minute, and
+// TestEpochInterval counts the advances of six hours: with a leaf each minute, and
 // with heads of a tree that does not grow.
 func TestEpochInterval(t *testing.T) {
 	for _, tc := range []struct {
@@ -184,14 +185,14 @@ func TestEpochInterval(t *testing.T) {
 		leaves   bool
 		advances int
 	}{
-		{"a leaf a minute", true, 1 + 4*24},
+		{"a leaf a minute", true, 1 + 4*6},
 		{"heads alone", false, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f, c := newCounted(t)
 				f.open(counted(c), func(cfg *Config) { cfg.MaxAge = 30 * time.Second })
-				for i := range 24 * 60 {
+				for i := range 6 * 60 {
 					time.Sleep(time.Minute)
 					if tc.leaves {
 						f.add(1)
@@ -201,12 +202,50 @@ func TestEpochInterval(t *testing.T) {
 				synctest.Wait()
 				_, advances := c.at()
 				if advances > tc.advances || advances < tc.advances-2 {
-					t.Errorf("%d advances in a day, want at most %d and not much less", advances, tc.advances)
+					t.Errorf("%d advances in six hours, want at most %d and not much less", advances, tc.advances)
 				}
 				f.close()
 			})
 		})
 	}
+}
+
+// TestEpochUnderLoad: an epoch begins too when a head is due at all times.
+func TestEpochUnderLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, c := newCounted(t)
+		slow := &rogue{Key: f.key}
+		sign := func(_ context.Context, digest []byte) ([]byte, error) {
+			time.Sleep(time.Second)
+			return f.key.Sign(nil, digest, crypto.SHA256)
+		}
+		slow.sign.Store(&sign)
+		f.open(counted(c), func(cfg *Config) { cfg.Key, cfg.EpochInterval = slow, 20*time.Second })
+		synctest.Wait()
+		stop := time.Now().Add(2 * time.Minute)
+		var wg sync.WaitGroup
+		for n := range 3 {
+			wg.Go(func() {
+				for i := 0; time.Now().Before(stop); i++ {
+					e, _, err := f.tree.Append(t.Context(), tree.Leaf{Value: fmt.Append(nil, n, " ", i)})
+					if err == nil {
+						_, err = f.heads.Await(t.Context(), e.Index+1)
+					}
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					time.Sleep(time.Duration(n) * 300 * time.Millisecond)
+				}
+			})
+		}
+		wg.Wait()
+		// At the latest interval and patience after the one before.
+		if _, advances := c.at(); advances < 4 || advances > 7 {
+			t.Errorf("%d advances in two minutes, want 4 to 7", advances)
+		}
+		f.close()
+	})
 }
 
 // crash closes f, after a process that had c was killed, and puts on disk what

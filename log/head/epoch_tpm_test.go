@@ -109,12 +109,19 @@ func TestKilledAtEpoch(t *testing.T) {
 		t.Fatal(err)
 	}
 	first, err := counter.Value(t.Context())
-	if err := errors.Join(err, token.Close()); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	f, key := newVictims(t)
 	f.bindNew(first)
 	f.key = &hsmtest.Counting{Key: keyOf(t, key)}
+	f.openTree()
+	f.open(counted(counter)) // a new log says so, which is not for victims to do
+	f.until("first epoch", func() bool { return f.heads.Stats().Advances == 1 })
+	f.close()
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv(victimSocket, cfg.Device)
 	t.Setenv(victimKeys, cfg.Dir)
 	t.Setenv(victimAuth, hex.EncodeToString(cfg.Auth))

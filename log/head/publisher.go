@@ -78,8 +78,8 @@ type Config struct {
 
 // Stats counts since Open.
 type Stats struct {
-	// Signatures were asked for from the token, Heads published; the
-	// difference failed.
+	// Signatures were asked for from the token, Heads published; what is more
+	// failed, or began epochs.
 	Signatures, Heads uint64
 	// Failures are attempts, with or without a signature, that published
 	// nothing.
