@@ -239,21 +239,21 @@ func (i Issuer) validate() error {
 	return nil
 }
 
-// Challenge returns the claim that clients are told to sign.
-func (i Issuer) Challenge() string {
-	switch {
-	case i.ChallengeClaim != "":
-		return i.ChallengeClaim
-	case i.Preset != "":
-		return kinds[presets[i.Preset].issuer.Type].challengeOr("sub")
+// Kind returns the issuer's type, that of its preset if it has one.
+func (i Issuer) Kind() string {
+	if i.Preset != "" {
+		return presets[i.Preset].issuer.Type
 	}
-	return kinds[i.Type].challengeOr("sub")
+	return i.Type
 }
 
-// challengeOr is the row's challenge, or another where there is no row.
-func (k kind) challengeOr(other string) string {
-	if k.challenge == "" {
-		return other
+// Challenge returns the claim that clients are told to sign.
+func (i Issuer) Challenge() string {
+	if i.ChallengeClaim != "" {
+		return i.ChallengeClaim
 	}
-	return k.challenge
+	if k, ok := kinds[i.Kind()]; ok {
+		return k.challenge
+	}
+	return "sub" // of ci-provider
 }

@@ -82,12 +82,7 @@ func failureOf(ctx context.Context, err error) failure {
 func (s *Server) fail(c echo.Context, err error) error {
 	ctx := c.Request().Context()
 	f := failureOf(ctx, err)
-	level := slog.LevelError
-	if f.status < http.StatusInternalServerError || f.code == codes.Unimplemented {
-		level = slog.LevelWarn
-	}
-	s.cfg.Logger.LogAttrs(ctx, level, "request refused",
-		slog.String("request", requestID(c)), slog.Int("status", f.status), slog.String("err", err.Error()))
+	s.logFailure(ctx, requestID(c), f, err)
 	if f.retry > 0 {
 		c.Response().Header().Set(echo.HeaderRetryAfter, strconv.Itoa(f.retry))
 	}
@@ -100,4 +95,15 @@ func (s *Server) fail(c echo.Context, err error) error {
 		return err
 	}
 	return s.write(c, f.status, body)
+}
+
+// logFailure writes one line: a warning for the client's fault, an error for
+// ours.
+func (s *Server) logFailure(ctx context.Context, id string, f failure, err error) {
+	level := slog.LevelError
+	if f.status < http.StatusInternalServerError || f.code == codes.Unimplemented {
+		level = slog.LevelWarn
+	}
+	s.cfg.Logger.LogAttrs(ctx, level, "request refused",
+		slog.String("request", id), slog.Int("status", f.status), slog.String("err", err.Error()))
 }

@@ -1,11 +1,15 @@
-// Package server is the issuance API: Fulcio's v2 HTTP interface on an echo
-// instance that somebody else owns (fulcio.proto of Fulcio 1.8).
+// Package server is the issuance API: everything that Fulcio 1.8 answers, on an
+// echo instance and a gRPC server that somebody else owns.
 //
-// Data flows one way: body, at most 4 MiB → request message → Principal
-// (ca/identity) → proved public key → Certificate (ca) → JSON. What goes
-// wrong on the way is turned into an answer in one place, failureOf: the inner
-// text goes to the log with the request's id, a constant sentence to the
-// client.
+//	v2 over HTTP (fulcio.proto): cosign 3, sigstore-go, -js, -python
+//	v2 over gRPC (grpc.go):      sigstore-java
+//	v1 over HTTP (legacy.go):    cosign 2, gitsign
+//
+// Data flows one way, whatever the form: request, at most 4 MiB → request
+// message and token → Principal (ca/identity) → proved public key →
+// Certificate (ca) → answer. What goes wrong on the way is turned into an
+// answer in one place, failureOf: the inner text goes to the log with the
+// request's id, a constant sentence to the client.
 //
 // The package promises that no token and no claim reaches the log, that every
 // request ends within Config.Timeout, and that a client's fault is never
@@ -22,14 +26,16 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
-	"sort"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/labstack/echo/v4"
 	fulcio "github.com/sigstore/fulcio/pkg/generated/protobuf"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/ca/identity"
@@ -79,41 +85,48 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{cfg: cfg}
 	var err error
-	if s.trustBundle, err = trustBundle(cfg.Authority); err != nil {
+	if s.trustBundle, err = marshalAll(trustBundle(cfg.Authority)); err != nil {
 		return nil, err
 	}
-	s.configuration, err = configuration(cfg.Identity.Config())
+	s.configuration, err = marshalAll(configuration(cfg.Identity.Config()))
 	return s, err
 }
 
 // trustBundle is GET /api/v2/trustBundle: intermediates first, root last.
-func trustBundle(a *ca.Authority) ([]byte, error) {
-	b, err := json.Marshal(map[string]any{"chains": []certificates{{a.ChainPEM()}}})
-	if err != nil {
-		return nil, fmt.Errorf("encode trust bundle: %w", err)
-	}
-	return b, nil
+func trustBundle(a *ca.Authority) *fulcio.TrustBundle {
+	return &fulcio.TrustBundle{Chains: []*fulcio.CertificateChain{{Certificates: a.ChainPEM()}}}
 }
 
-// configuration is GET /api/v2/configuration, with unset fields as upstream's
-// gateway sends them.
-func configuration(cfg identity.Config) ([]byte, error) {
+// configuration is GET /api/v2/configuration.
+func configuration(cfg identity.Config) *fulcio.Configuration {
 	out := &fulcio.Configuration{}
-	for url, issuer := range cfg.OIDCIssuers {
-		out.Issuers = append(out.Issuers, &fulcio.OIDCIssuer{
-			Issuer:                &fulcio.OIDCIssuer_IssuerUrl{IssuerUrl: url},
-			Audience:              issuer.ClientID,
-			ChallengeClaim:        issuer.Challenge(),
-			SpiffeTrustDomain:     issuer.SPIFFETrustDomain,
-			IssuerType:            issuer.Type,
-			SubjectDomain:         issuer.SubjectDomain,
-			SkipEmailVerification: issuer.SkipEmailVerification,
-		})
+	add := func(issuers map[string]identity.Issuer, name func(url string, to *fulcio.OIDCIssuer)) {
+		for _, url := range slices.Sorted(maps.Keys(issuers)) {
+			issuer := issuers[url]
+			o := &fulcio.OIDCIssuer{
+				Audience:              issuer.ClientID,
+				ChallengeClaim:        issuer.Challenge(),
+				SpiffeTrustDomain:     issuer.SPIFFETrustDomain,
+				IssuerType:            issuer.Kind(),
+				SubjectDomain:         issuer.SubjectDomain,
+				SkipEmailVerification: issuer.SkipEmailVerification,
+			}
+			name(url, o)
+			out.Issuers = append(out.Issuers, o)
+		}
 	}
-	sort.Slice(out.Issuers, func(i, j int) bool { return out.Issuers[i].GetIssuerUrl() < out.Issuers[j].GetIssuerUrl() })
-	b, err := protojson.MarshalOptions{EmitUnpopulated: true}.Marshal(out)
+	add(cfg.OIDCIssuers, func(url string, o *fulcio.OIDCIssuer) { o.Issuer = &fulcio.OIDCIssuer_IssuerUrl{IssuerUrl: url} })
+	add(cfg.MetaIssuers, func(url string, o *fulcio.OIDCIssuer) {
+		o.Issuer = &fulcio.OIDCIssuer_WildcardIssuerUrl{WildcardIssuerUrl: url}
+	})
+	return out
+}
+
+// marshalAll writes a message with unset fields, as upstream's gateway does.
+func marshalAll(m proto.Message) ([]byte, error) {
+	b, err := protojson.MarshalOptions{EmitUnpopulated: true}.Marshal(m)
 	if err != nil {
-		return nil, fmt.Errorf("encode configuration: %w", err)
+		return nil, fmt.Errorf("encode %s: %w", m.ProtoReflect().Descriptor().Name(), err)
 	}
 	return b, nil
 }
@@ -124,6 +137,8 @@ func (s *Server) Register(e *echo.Echo) {
 	s.route(e, PathSigningCert, http.MethodPost, s.signingCert)
 	s.route(e, PathTrustBundle, http.MethodGet, func(c echo.Context) error { return s.write(c, http.StatusOK, s.trustBundle) })
 	s.route(e, PathConfiguration, http.MethodGet, func(c echo.Context) error { return s.write(c, http.StatusOK, s.configuration) })
+	s.route(e, PathLegacySigningCert, http.MethodPost, s.legacySigningCert)
+	s.route(e, PathLegacyRootCert, http.MethodGet, s.legacyRootCert)
 }
 
 func (s *Server) route(e *echo.Echo, path, method string, handle echo.HandlerFunc) {
@@ -157,13 +172,11 @@ func identify(c echo.Context) {
 // signingCert is POST /api/v2/signingCert. Accept is not looked at:
 // sigstore-python asks for PEM and reads JSON.
 func (s *Server) signingCert(c echo.Context) error {
-	msg, err := readRequest(c)
-	if err != nil {
+	msg := &fulcio.CreateSigningCertificateRequest{}
+	if err := readRequest(c, msg); err != nil {
 		return s.fail(c, err)
 	}
-	ctx, cancel := context.WithTimeout(c.Request().Context(), s.cfg.Timeout)
-	defer cancel()
-	cert, err := s.issue(ctx, msg, c.Request().Header)
+	cert, err := s.issue(c.Request().Context(), requestID(c), rawToken(msg, c.Request().Header), msg)
 	if err != nil {
 		return s.fail(c, err)
 	}
@@ -171,8 +184,6 @@ func (s *Server) signingCert(c echo.Context) error {
 	if err != nil {
 		return s.fail(c, fmt.Errorf("%w: %w", errMarshal, err))
 	}
-	s.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "certificate issued",
-		slog.String("request", requestID(c)), slog.String("serial", cert.Serial), logIndex(cert))
 	return s.write(c, http.StatusOK, body)
 }
 
@@ -185,9 +196,11 @@ func logIndex(cert *ca.Certificate) slog.Attr {
 }
 
 // issue is the way from a request to a certificate, in the order in which
-// Fulcio looks for faults: token, then key.
-func (s *Server) issue(ctx context.Context, msg *fulcio.CreateSigningCertificateRequest, header http.Header) (*ca.Certificate, error) {
-	principal, err := s.cfg.Identity.Verify(ctx, rawToken(msg, header))
+// Fulcio looks for faults: token, then key. It ends within Config.Timeout.
+func (s *Server) issue(ctx context.Context, id, token string, msg *fulcio.CreateSigningCertificateRequest) (*ca.Certificate, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
+	defer cancel()
+	principal, err := s.cfg.Identity.Verify(ctx, token)
 	if err != nil {
 		return nil, err
 	}
@@ -195,43 +208,52 @@ func (s *Server) issue(ctx context.Context, msg *fulcio.CreateSigningCertificate
 	if err != nil {
 		return nil, err
 	}
-	return s.cfg.Authority.Issue(ctx, ca.Request{Principal: principal, Public: public})
+	cert, err := s.cfg.Authority.Issue(ctx, ca.Request{Principal: principal, Public: public})
+	if err != nil {
+		return nil, err
+	}
+	s.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "certificate issued",
+		slog.String("request", id), slog.String("serial", cert.Serial), logIndex(cert))
+	return cert, nil
 }
 
-// readRequest reads the body, protobuf's JSON with both forms of names and
-// unknown fields discarded. No body is an empty message.
-func readRequest(c echo.Context) (*fulcio.CreateSigningCertificateRequest, error) {
+// readRequest reads the body into msg: protobuf's JSON with both forms of names
+// and unknown fields discarded. No body is an empty message.
+func readRequest(c echo.Context, msg proto.Message) error {
 	if c.Request().ContentLength > MaxBody {
-		return nil, errTooLarge
+		return errTooLarge
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(c.Response(), c.Request().Body, MaxBody))
 	if err != nil {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
-			return nil, errTooLarge
+			return errTooLarge
 		}
-		return nil, fmt.Errorf("%w: read body: %w", errRequest, err)
+		return fmt.Errorf("%w: read body: %w", errRequest, err)
 	}
-	msg := &fulcio.CreateSigningCertificateRequest{}
 	if len(body) == 0 {
-		return msg, nil
+		return nil
 	}
 	if err := parse.Unmarshal(body, msg); err != nil {
-		return nil, errRequest // err quotes the body
+		return errRequest // err quotes the body
 	}
-	return msg, nil
+	return nil
 }
 
 // parse reads as upstream's gateway does. Messages of the interface nest 3
 // deep; what is discarded may nest as deep as the limit.
 var parse = protojson.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: 64}
 
-// rawToken takes the token from the body or else from the one Authorization
-// header.
+// rawToken takes the token from the body or else from the header.
 func rawToken(msg *fulcio.CreateSigningCertificateRequest, header http.Header) string {
 	if token := msg.GetCredentials().GetOidcIdentityToken(); token != "" {
 		return token
 	}
+	return bearerToken(header)
+}
+
+// bearerToken takes the token from the one Authorization header.
+func bearerToken(header http.Header) string {
 	values := header.Values(echo.HeaderAuthorization)
 	if len(values) != 1 {
 		return ""

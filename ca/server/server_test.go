@@ -44,11 +44,12 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // house is a server with everything behind it, and its log.
 type house struct {
 	*fixture
-	echo *echo.Echo
-	idp  *oidctest.Provider
-	gh   *oidctest.Provider // its tokens are of type github-workflow
-	log  *bytes.Buffer
-	key  *ecdsa.PrivateKey // a client's
+	server *Server
+	echo   *echo.Echo
+	idp    *oidctest.Provider
+	gh     *oidctest.Provider // its tokens are of type github-workflow
+	log    *bytes.Buffer
+	key    *ecdsa.PrivateKey // a client's
 }
 
 func build(t testing.TB, change func(*ca.Config)) *house {
@@ -79,6 +80,7 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 		t.Fatal(err)
 	}
 	s.Register(h.echo)
+	h.server = s
 	return h
 }
 
