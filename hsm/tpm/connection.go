@@ -45,11 +45,7 @@ type parent struct {
 // connect opens the TPM, throws leftovers out of an emulator and reads what
 // the TPM says of itself, before ctx ends.
 func connect(ctx context.Context, cfg Config) (*connection, error) {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		deadline = time.Now().Add(cfg.Deadline)
-	}
-	d, err := openDevice(cfg.Device, deadline)
+	d, err := openDevice(cfg.Device)
 	if err != nil {
 		return nil, &lostError{err}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"sync"
 	"time"
@@ -45,15 +44,14 @@ var errMalformed = errors.New("malformed response")
 
 // openDevice opens what is at path: a character device of the kernel, or the
 // Unix socket of an emulator.
-func openDevice(path string, deadline time.Time) (device, error) {
+func openDevice(path string) (device, error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
 	switch mode := info.Mode(); {
 	case mode&os.ModeSocket != 0:
-		dialer := net.Dialer{Deadline: deadline}
-		conn, err := dialer.Dial("unix", path)
+		conn, err := openSocket(path)
 		if err != nil {
 			return nil, err
 		}
@@ -68,6 +66,20 @@ func openDevice(path string, deadline time.Time) (device, error) {
 		return newNode(fd)
 	}
 	return nil, fmt.Errorf("%s is neither a character device nor a socket", path)
+}
+
+// openSocket connects to an emulator's socket. It does without package net, which
+// the offline tools do not have: this is all that they can connect to. It does
+// not wait, a Unix socket accepts or refuses at once.
+func openSocket(path string) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket: %w", err)
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		return nil, errors.Join(fmt.Errorf("connect %s: %w", path, err), unix.Close(fd))
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 // checkHeader checks the first headerSize octets of a response and returns its
@@ -96,7 +108,7 @@ func checkCommand(command []byte) error {
 // stream is an emulator's socket. Commands and responses follow one another
 // without any further framing.
 type stream struct {
-	conn net.Conn
+	conn *os.File // not blocking, so that deadlines reach it
 	buf  [maxMessage]byte
 }
 
