@@ -12,7 +12,7 @@ import (
 )
 
 // metadataToken is where Fulcio's gateway puts the token of the header.
-const metadataToken = "oidcidentitytoken" //nolint:gosec // G101: the name of a field
+const metadataToken = "oidcidentitytoken"
 
 // RegisterGRPC adds the v2 interface, service dev.sigstore.fulcio.v2.CA. The
 // server's owner bounds the size of a message to MaxBody.

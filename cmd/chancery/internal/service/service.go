@@ -30,6 +30,7 @@ import (
 	"github.com/labstack/echo/v4"
 	"golang.org/x/net/netutil"
 	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
 
 	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/ca/ctlog"
@@ -82,6 +83,7 @@ type Service struct {
 	engine   *tree.Engine
 	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
+	grpc     *grpc.Server // nil for a service that is a CT log alone
 	// elsewhere is the CT log if it is not one of logs, else nil.
 	elsewhere *ctlog.Log
 	// tuf is nil when the ceremony made no TUF repository.
@@ -151,6 +153,8 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	}
 	s.echo = s.newEcho()
 	authority.Register(s.echo)
+	s.grpc = s.newGRPC()
+	authority.RegisterGRPC(s.grpc)
 	timestamps.Register(s.echo.Group(""))
 	if ctLog != nil {
 		ctLog.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
@@ -384,7 +388,7 @@ func (s *Service) TLS(plain net.Listener) (net.Listener, error) {
 // requests in flight are answered or drainTime is over. Close is the caller's.
 func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	server := &http.Server{
-		Handler:           s.echo,
+		Handler:           s.Handler(),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       60 * time.Second,
 		WriteTimeout:      60 * time.Second,
@@ -411,7 +415,7 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 }
 
 // Handler is the whole service without a listener, for tests and benchmarks.
-func (s *Service) Handler() http.Handler { return s.echo }
+func (s *Service) Handler() http.Handler { return http.HandlerFunc(s.split) }
 
 // Close signs the last heads, drains the logs and logs out of the tokens. It
 // may be called on a service that opened only in part, and once.
