@@ -280,6 +280,10 @@ func TestAuthValues(t *testing.T) {
 
 func TestConfig(t *testing.T) {
 	e := hsmtest.SWTPM(t)
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	rows := []struct {
 		name   string
 		change func(*tpm.Config)
@@ -290,10 +294,10 @@ func TestConfig(t *testing.T) {
 		{"no device", func(c *tpm.Config) { c.Device = "" }, tpm.ErrURI},
 		{"relative device", func(c *tpm.Config) { c.Device = "tpm" }, tpm.ErrURI},
 		{"absent device", func(c *tpm.Config) { c.Device = "/nonexistent/tpm" }, hsm.ErrNotFound},
-		{"a file as device", func(c *tpm.Config) { c.Device = filepath.Join(e.StateDir(), "tpm2-00.permall") }, hsm.ErrLost},
+		{"a file as device", func(c *tpm.Config) { c.Device = file }, hsm.ErrLost},
 		{"no folder", func(c *tpm.Config) { c.Dir = "" }, tpm.ErrURI},
 		{"absent folder", func(c *tpm.Config) { c.Dir = "/nonexistent" }, hsm.ErrNotFound},
-		{"a file as folder", func(c *tpm.Config) { c.Dir = filepath.Join(e.StateDir(), "tpm2-00.permall") }, hsm.ErrNotFound},
+		{"a file as folder", func(c *tpm.Config) { c.Dir = file }, hsm.ErrNotFound},
 	}
 	for _, row := range rows {
 		cfg := e.Config(t)
