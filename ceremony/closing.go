@@ -129,7 +129,7 @@ func (r *run) askWitness(ctx context.Context, s Step, p Person, file File) (witn
 		ID: s.ID + ":" + p.ID, Person: p.ID,
 		Title: p.label() + " signs the transcript on their own machine.",
 		Why:   "Without enough witnesses' signatures nobody accepts this ceremony.",
-		Facts: append([]Fact{{"file", path}, {"command", signCommand}},
+		Facts: append([]Fact{{"file", path}, {"command", SignCommand}},
 			hashFact("checkpoint", r.facts.root)...),
 		Prompt: fmt.Sprintf("Path of the signature, or: %s REASON, or: %s", declinePrefix, later),
 		Check: func(answer string) error {

@@ -191,7 +191,7 @@ func (d *Definition) closing() []Step {
 			Why: "Their signatures say that the transcript is what they saw.",
 		}
 		for _, p := range d.witnesses() {
-			step.Details = append(step.Details, p.label()+": "+signCommand)
+			step.Details = append(step.Details, p.label()+": "+SignCommand)
 		}
 		steps = append(steps, step)
 	}
@@ -201,8 +201,8 @@ func (d *Definition) closing() []Step {
 	})
 }
 
-// signCommand is how a witness signs.
-const signCommand = "ssh-keygen -Y sign -f YOUR-KEY -n " + Namespace + " " + CheckpointName
+// SignCommand is how a witness signs, on their own machine.
+const SignCommand = "ssh-keygen -Y sign -f YOUR-KEY -n " + Namespace + " " + CheckpointName
 
 // tokenSteps looks at every token and tests its random numbers.
 func (d *Definition) tokenSteps() []Step {

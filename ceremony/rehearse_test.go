@@ -463,4 +463,3 @@ func TestRehearseCancelled(t *testing.T) {
 		t.Error(err)
 	}
 }
-

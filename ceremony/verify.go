@@ -203,6 +203,9 @@ func otherFiles(dir string, names []string) (string, error) {
 	return fmt.Sprintf("%d, not covered by this check: %.200s", len(others), strings.Join(others, ", ")), nil
 }
 
+// errEmpty: a transcript without a record, as a kill can leave it.
+var errEmpty = fmt.Errorf("%w: empty", ErrTranscript)
+
 func readTranscriptFile(path string) ([]Record, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -211,10 +214,10 @@ func readTranscriptFile(path string) ([]Record, error) {
 	defer f.Close()
 	records, err := ReadTranscript(f)
 	if err != nil {
-		return nil, err
+		return records, err
 	}
 	if len(records) == 0 {
-		return nil, fmt.Errorf("%w: empty", ErrTranscript)
+		return nil, errEmpty
 	}
 	return records, nil
 }

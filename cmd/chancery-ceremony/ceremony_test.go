@@ -127,9 +127,15 @@ func TestExitStatus(t *testing.T) {
 		{"unknown output", []string{"verify", "--output", "xml", "."}, exitUsage, "text or json"},
 		{"definition not there", []string{"plan", "nothing.yaml"}, exitFailed, "no such file"},
 		{"definition incomplete", []string{"plan", broken}, exitFailed, "invalid definition"},
-		{"rehearse production", []string{"rehearse", production, "--dir", t.TempDir()}, exitFailed, "environment: rehearsal"},
+		{"run a rehearsal", []string{"run", examplePath, "--dir", t.TempDir()}, exitFailed, "environment is rehearsal"},
+		{"run without the module", []string{"run", production, "--dir", filepath.Join(t.TempDir(), "new")}, exitFailed, "window"},
+		{"a PIN for another token", []string{"run", production, "--pin-file", "nobody=/dev/null"}, exitUsage, "no token"},
+		{"a PIN file without a token", []string{"run", production, "--pin-file", "/dev/null"}, exitUsage, "TOKEN=PATH"},
+		{"sign as nobody", []string{"sign", t.TempDir()}, exitUsage, "--as"},
+		{"abort without a reason", []string{"abort", t.TempDir()}, exitUsage, "--reason"},
+		{"status of nothing", []string{"status", t.TempDir()}, exitFailed, "definition.yaml"},
 		{"verify nothing", []string{"verify", t.TempDir()}, exitFailed, "transcript.jsonl"},
-		{"resume nothing", []string{"rehearse", examplePath, "--resume", "--dir", filepath.Join(t.TempDir(), "none")}, exitFailed, "resume"},
+		{"resume nothing", []string{"resume", filepath.Join(t.TempDir(), "none")}, exitFailed, "definition.yaml"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
@@ -166,7 +172,7 @@ func TestKilledAndResumed(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "practice")
 			args := []string{"rehearse", examplePath, "--dir", dir}
 			killAt(t, exec.CommandContext(t.Context(), bin, args...), filepath.Join(dir, "out", ceremony.TranscriptName), tc.step)
-			out, err := exec.CommandContext(t.Context(), bin, append(args, "--resume")...).CombinedOutput()
+			out, err := exec.CommandContext(t.Context(), bin, "resume", filepath.Join(dir, "out")).CombinedOutput()
 			switch {
 			case err == nil:
 				if err := ceremony.Verify(filepath.Join(dir, "out")).Err(); err != nil {

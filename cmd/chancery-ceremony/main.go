@@ -2,10 +2,13 @@
 // and certificates and the files that clients and the service need, and that
 // checks them afterwards.
 //
-// It listens on nothing and calls nobody. It reads the definition and, for a
-// rehearsal, makes its own software tokens; everything that it does is in the
-// transcript. PINs are made at random, kept in files of mode 0400, and never
-// printed.
+// It listens on nothing and calls nobody. Everything that it does is in the
+// transcript. PINs are typed at a terminal without echo or read from files of
+// mode 0400; they are in no argument, variable, output or record.
+//
+// plan, verify, status, sign and abort need no token; rehearse makes its own;
+// run and resume use those of the definition. Exchange between two machines
+// (export, import) has its place beside them.
 //
 // Exit status: 0 done; 1 failed; 2 the command line is wrong; 77 a PIN or a
 // key's policy was refused, so that nothing must try again by itself.
@@ -42,6 +45,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal kills
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -82,6 +86,12 @@ func exitStatus(err error) int {
 // hintFor says what a person can do about err, or "".
 func hintFor(err error) string {
 	var usage usageError
+	var begun *interrupted
+	if errors.As(err, &begun) {
+		if hint := begun.hint(); hint != "" {
+			return hint
+		}
+	}
 	for _, h := range []struct {
 		is   bool
 		hint string
@@ -91,13 +101,13 @@ func hintFor(err error) string {
 		{errors.Is(err, errNoCgo), "use the program that was built with cgo; this one plans and verifies"},
 		{errors.Is(err, errNoTranscript), "name the output folder itself, for example DIR/out"},
 		{errors.Is(err, ceremony.ErrNotInVersion), "take it out of the definition to rehearse the rest"},
-		{errors.Is(err, ceremony.ErrEnvironment), "a copy with \"environment: rehearsal\" can be rehearsed"},
+		{errors.Is(err, ceremony.ErrEnvironment), "production definitions are run, all others rehearsed"},
+		{errors.Is(err, errNoTerminal), "run it in a terminal; a rehearsal can do without"},
+		{errors.Is(err, errPINFile), "chmod 400, and no one else's file"},
 		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
 		{errors.Is(err, ceremony.ErrDefinition), "config/example/genesis.yaml explains every field"},
-		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or continue with --resume"},
-		{errors.Is(err, ceremony.ErrStopped), "change nothing on the token; keep the folder for the inquiry"},
+		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or go on with: chancery-ceremony resume OUTPUTS"},
 		{errors.Is(err, ceremony.ErrVerify), "do not use these files; compare with another copy"},
-		{errors.Is(err, context.Canceled), "continue with --resume"},
 	} {
 		if h.is {
 			return h.hint
@@ -120,7 +130,7 @@ It needs no network.`,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newPlan(), newRehearse(), newVerify())
+	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newVerify())
 	for _, c := range append(root.Commands(), root) {
 		args := c.Args
 		c.Args = func(cmd *cobra.Command, given []string) error {
@@ -139,14 +149,19 @@ func clock() (time.Time, error) { return time.Now().UTC().Round(0), nil }
 
 // readDefinition reads and validates the file at path.
 func readDefinition(path string) (*ceremony.Definition, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("open definition: %w", err)
-	}
-	defer f.Close()
-	source, err := io.ReadAll(io.LimitReader(f, ceremony.MaxDefinition+1))
+	source, err := readFile(path, ceremony.MaxDefinition)
 	if err != nil {
 		return nil, fmt.Errorf("read definition: %w", err)
 	}
 	return ceremony.ParseDefinition(source)
+}
+
+// readFile reads at most one octet more than limit.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit+1))
 }

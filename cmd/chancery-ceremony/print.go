@@ -5,6 +5,8 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/chancery-ca/chancery/ceremony"
 )
@@ -39,15 +41,22 @@ func (p *printer) field(name, text string) {
 }
 
 // wrap breaks text at spaces into lines of at most n columns; a longer word
-// stays whole.
+// stays whole. What is not printable (a device says of itself what it likes)
+// becomes a question mark.
 func wrap(text string, n int) []string {
+	text = strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) && !unicode.IsSpace(r) {
+			return '?'
+		}
+		return r
+	}, text)
 	var lines []string
 	line := ""
 	for _, word := range strings.Fields(text) {
 		switch {
 		case line == "":
 			line = word
-		case len(line)+1+len(word) <= n:
+		case utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) <= n:
 			line += " " + word
 		default:
 			lines = append(lines, line)
@@ -63,11 +72,11 @@ func (p *printer) hash(name string, h [32]byte) {
 	p.field("", ceremony.Words(h))
 }
 
-// step prints one step; how is "", "ok" or "kept".
+// step prints one step; how is "", "ok", "kept" or a time.
 func (p *printer) step(index, total int, how, title string) {
 	head := fmt.Sprintf("[%*d/%d] ", len(fmt.Sprint(total)), index, total)
 	if how != "" {
-		head += fmt.Sprintf("%-5s", how)
+		head += fmt.Sprintf("%-4s ", how)
 	}
 	for i, l := range wrap(title, width-len(head)) {
 		if i > 0 {

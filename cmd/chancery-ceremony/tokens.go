@@ -1,5 +1,3 @@
-//go:build cgo
-
 package main
 
 import (
@@ -8,87 +6,134 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/hsm"
-	"github.com/chancery-ca/chancery/hsm/pkcs11"
-	"github.com/chancery-ca/chancery/hsm/softhsm"
 	"github.com/chancery-ca/chancery/hsm/tpm"
 )
 
-// tokensPossible says, before anything is made, why no token can be.
-func tokensPossible() error {
-	if _, err := softhsm.Module(); err != nil {
-		return fmt.Errorf("%w: %w", errNoModule, err)
-	}
-	return nil
+// tokenSource opens the tokens of a ceremony when they are needed: those that
+// the definition names or, for a rehearsal, software tokens in their place.
+type tokenSource struct {
+	def      *ceremony.Definition
+	dir      string // the ceremony's folder
+	out      string // its outputs
+	console  *console
+	pinFiles pinFiles
+	soft     softTokens // of a rehearsal
 }
 
-// openTokens makes, or after an interruption finds, one software token for
-// each token of the definition and opens them by the definition's names. That is
-// a SoftHSM token, unless the definition names an emulated TPM. On an error it
-// returns what it has opened.
-func openTokens(ctx context.Context, def *ceremony.Definition, dir string) (map[string]hsm.Token, error) {
-	home, err := openHome(filepath.Join(dir, tokensFolder))
+// tpmFolder is where the key files of a TPM are, below the outputs, if its URI
+// names no folder.
+const tpmFolder = "tpm"
+
+// inspect describes a token without a login.
+func (s *tokenSource) inspect(ctx context.Context, name string) (hsm.Inspection, error) {
+	_, device, isTPM, err := s.tpm(ctx, name)
+	switch {
+	case err != nil:
+		return hsm.Inspection{}, err
+	case isTPM:
+		return tpm.Inspect(ctx, device)
+	}
+	module, uri, err := s.pkcs11(name)
+	if err != nil {
+		return hsm.Inspection{}, err
+	}
+	return inspectPKCS11(ctx, module, uri)
+}
+
+// open logs in to a token. The PIN is read here and nowhere else, and is wiped
+// after.
+func (s *tokenSource) open(ctx context.Context, name string) (hsm.Token, error) {
+	folder, device, isTPM, err := s.tpm(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	tokens := map[string]hsm.Token{}
-	labels := tokenLabels(def)
-	for _, name := range slices.Sorted(maps.Keys(def.Tokens)) {
-		pinFile := filepath.Join(dir, pinsFolder, name)
-		tok, err := openEmulator(ctx, def.Tokens[name].URI, filepath.Join(dir, def.Outputs.Dir), pinFile)
-		if err == nil && tok == nil {
-			tok, err = openToken(ctx, home, labels[name], pinFile)
+	if isTPM {
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			return nil, fmt.Errorf("make folder of key files: %w", err)
 		}
+	}
+	pin, err := s.pin(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(pin)
+	if isTPM {
+		tok, err := tpm.Open(ctx, tpm.Config{Device: device, Dir: folder, Auth: pin})
 		if err != nil {
-			return tokens, fmt.Errorf("token %s: %w", name, err)
+			return nil, err // not a nil *Token in an interface
 		}
-		tokens[name] = tok
+		return tok, nil
 	}
-	return tokens, nil
-}
-
-// openEmulator opens the TPM that uri names if it is an emulator on a Unix
-// socket; otherwise it returns nil and no error, having touched nothing: a
-// rehearsal does not go near hardware. The folder of its key files, made if it
-// is missing, is below outputs unless it is absolute.
-func openEmulator(ctx context.Context, uri, outputs, authFile string) (hsm.Token, error) {
-	folder, device, ok := splitTPM(uri)
-	info, err := os.Stat(device)
-	if !ok || err != nil || info.Mode()&fs.ModeSocket == 0 {
-		return nil, nil
-	}
-	seen, err := tpm.Inspect(ctx, device)
+	module, uri, err := s.pkcs11(name)
 	if err != nil {
 		return nil, err
 	}
-	if !hsm.IsSoftware(seen.Token) {
-		return nil, nil
+	return openPKCS11(ctx, module, uri, pin)
+}
+
+// pin is what opens the token. A rehearsal makes it.
+func (s *tokenSource) pin(ctx context.Context, name string) ([]byte, error) {
+	if s.def.Environment == ceremony.Rehearsal {
+		return loadPIN(filepath.Join(s.dir, pinsFolder, name))
+	}
+	return s.pinOf(ctx, name)
+}
+
+// pkcs11 returns the library and the URI of a token, which a rehearsal makes
+// first.
+func (s *tokenSource) pkcs11(name string) (module, uri string, err error) {
+	t := s.def.Tokens[name]
+	if s.def.Environment != ceremony.Rehearsal {
+		return s.def.Modules[t.Module].Path, t.URI, nil
+	}
+	pin, err := loadPIN(filepath.Join(s.dir, pinsFolder, name))
+	if err != nil {
+		return "", "", err
+	}
+	defer clear(pin)
+	label := tokenLabels(s.def)[name]
+	module, err = s.soft.make(filepath.Join(s.dir, tokensFolder), label, pin)
+	return module, "pkcs11:token=" + url.PathEscape(label), err
+}
+
+// tpm returns the folder of key files and the device if the token is a TPM. A
+// rehearsal uses emulators alone, and makes a SoftHSM token in place of
+// hardware: it does not go near it.
+func (s *tokenSource) tpm(ctx context.Context, name string) (folder, device string, ok bool, err error) {
+	folder, device, ok = splitTPM(s.def.Tokens[name].URI)
+	if !ok {
+		return "", "", false, nil
+	}
+	if s.def.Environment == ceremony.Rehearsal {
+		if ok, err = emulated(ctx, device); !ok || err != nil {
+			return "", "", false, err
+		}
+	}
+	if folder == "" {
+		folder = filepath.Join(tpmFolder, name)
 	}
 	if !filepath.IsAbs(folder) {
-		if folder, err = filepath.Abs(filepath.Join(outputs, folder)); err != nil {
-			return nil, err
-		}
+		folder, err = filepath.Abs(filepath.Join(s.out, folder))
 	}
-	if err := os.MkdirAll(folder, 0o700); err != nil {
-		return nil, fmt.Errorf("make folder of key files: %w", err)
+	return folder, device, true, err
+}
+
+// emulated says whether device is an emulator on a Unix socket; anything else
+// is not touched.
+func emulated(ctx context.Context, device string) (bool, error) {
+	info, err := os.Stat(device)
+	if err != nil || info.Mode()&fs.ModeSocket == 0 {
+		return false, nil
 	}
-	auth, err := loadPIN(authFile)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(auth)
-	tok, err := tpm.Open(ctx, tpm.Config{Device: device, Dir: folder, Auth: auth})
-	if err != nil {
-		return nil, fmt.Errorf("open token: %w", err)
-	}
-	return tok, nil
+	seen, err := tpm.Inspect(ctx, device)
+	return err == nil && hsm.IsSoftware(seen.Token), err
 }
 
 // splitTPM returns the folder and the device of "tpm2:FOLDER?device=PATH".
@@ -104,39 +149,30 @@ func splitTPM(uri string) (folder, device string, ok bool) {
 		}
 	}
 	device = u.Query().Get("device")
-	return path, device, path != "" && device != ""
+	return path, device, device != ""
 }
 
-func openHome(dir string) (*softhsm.Home, error) {
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return softhsm.Create(dir)
+// tokenLabels gives each token of the definition the label that it has there,
+// or its name when the label is missing or not the only one.
+func tokenLabels(def *ceremony.Definition) map[string]string {
+	count := map[string]int{}
+	for name, t := range def.Tokens {
+		count[t.Label()]++
+		count[name]++
 	}
-	return softhsm.Open(dir)
+	labels := map[string]string{}
+	for name, t := range def.Tokens {
+		labels[name] = name
+		if l := t.Label(); l != "" && count[l] == 1 {
+			labels[name] = l
+		}
+	}
+	return labels
 }
 
-// openToken opens the token with this label. The PIN is on disk before the
-// token is made, so an interruption leaves no token without its PIN; the
-// SO-PIN is forgotten, nobody re-initialises a rehearsal's token.
-func openToken(ctx context.Context, home *softhsm.Home, label, pinFile string) (hsm.Token, error) {
-	pin, err := loadPIN(pinFile)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(pin)
-	err = home.InitToken(label, []byte(rand.Text()), pin)
-	if err != nil && !errors.Is(err, hsm.ErrExists) {
-		return nil, fmt.Errorf("make token: %w", err)
-	}
-	tok, err := pkcs11.Open(ctx, pkcs11.Config{
-		Module: home.Module(), URI: "pkcs11:token=" + url.PathEscape(label), PIN: pin,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("open token: %w", err)
-	}
-	return tok, nil
-}
-
-// loadPIN reads the PIN file, or makes it with a random PIN of 128 bits.
+// loadPIN reads the PIN file of a rehearsal, or makes it with a random PIN of
+// 128 bits. It is on disk before the token is made, so an interruption leaves
+// no token without its PIN.
 func loadPIN(path string) ([]byte, error) {
 	pin, err := os.ReadFile(path)
 	if err == nil && len(pin) > 0 {
@@ -166,4 +202,14 @@ func writePIN(path string, pin []byte) error {
 	}
 	_, err = f.Write(pin)
 	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// needsCgo says whether a definition names a PKCS#11 token.
+func needsCgo(def *ceremony.Definition) bool {
+	for _, t := range def.Tokens {
+		if strings.HasPrefix(t.URI, "pkcs11:") {
+			return true
+		}
+	}
+	return def.Environment == ceremony.Rehearsal
 }

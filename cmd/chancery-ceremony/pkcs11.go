@@ -1,0 +1,72 @@
+//go:build cgo
+
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/pkcs11"
+	"github.com/chancery-ca/chancery/hsm/softhsm"
+)
+
+// tokensPossible says, before anything is made, why no token can be.
+func tokensPossible(def *ceremony.Definition) error {
+	if def.Environment != ceremony.Rehearsal {
+		return nil
+	}
+	if _, err := softhsm.Module(); err != nil {
+		return fmt.Errorf("%w: %w", errNoModule, err)
+	}
+	return nil
+}
+
+func openPKCS11(ctx context.Context, module, uri string, pin []byte) (hsm.Token, error) {
+	tok, err := pkcs11.Open(ctx, pkcs11.Config{Module: module, URI: uri, PIN: pin, MaxSessions: 1})
+	if err != nil {
+		return nil, err // not a nil *Token in an interface
+	}
+	return tok, nil
+}
+
+// inspectPKCS11 wants exactly one token that fits.
+func inspectPKCS11(ctx context.Context, module, uri string) (hsm.Inspection, error) {
+	found, err := pkcs11.Inspect(ctx, module, uri)
+	switch {
+	case err != nil:
+		return hsm.Inspection{}, err
+	case len(found) != 1:
+		return hsm.Inspection{}, fmt.Errorf("%d tokens fit %s: %w", len(found), uri, hsm.ErrAmbiguous)
+	}
+	return found[0], nil
+}
+
+// softTokens are the SoftHSM tokens of a rehearsal.
+type softTokens struct{ home *softhsm.Home }
+
+// make makes, or after an interruption finds, the token with this label below
+// dir, and returns the library. The SO-PIN is forgotten, nobody re-initialises a
+// rehearsal's token.
+func (s *softTokens) make(dir, label string, pin []byte) (module string, err error) {
+	if s.home == nil {
+		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+			s.home, err = softhsm.Create(dir)
+			if err != nil {
+				return "", err
+			}
+		} else if s.home, err = softhsm.Open(dir); err != nil {
+			return "", err
+		}
+	}
+	err = s.home.InitToken(label, []byte(rand.Text()), pin)
+	if err != nil && !errors.Is(err, hsm.ErrExists) {
+		return "", fmt.Errorf("make token: %w", err)
+	}
+	return s.home.Module(), nil
+}

@@ -1,0 +1,31 @@
+//go:build !cgo
+
+package main
+
+import (
+	"context"
+
+	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/hsm"
+)
+
+// PKCS#11 modules are C libraries. A program without cgo plans, verifies, signs,
+// aborts, and runs ceremonies on TPMs.
+
+func tokensPossible(def *ceremony.Definition) error {
+	if needsCgo(def) {
+		return errNoCgo
+	}
+	return nil
+}
+
+func openPKCS11(context.Context, string, string, []byte) (hsm.Token, error) { return nil, errNoCgo }
+
+func inspectPKCS11(context.Context, string, string) (hsm.Inspection, error) {
+	return hsm.Inspection{}, errNoCgo
+}
+
+// softTokens cannot be.
+type softTokens struct{}
+
+func (*softTokens) make(string, string, []byte) (string, error) { return "", errNoCgo }

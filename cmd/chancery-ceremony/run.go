@@ -1,0 +1,255 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/chancery-ca/chancery/ceremony"
+)
+
+func newRun() *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:   "run DEFINITION",
+		Short: "Perform the ceremony of a production definition",
+		Long: `run performs a ceremony on the tokens that the definition names. It asks one
+question at a time, at a terminal. PINs are typed and not shown, or read from
+--pin-file TOKEN=PATH (mode 0400, yours); never from an argument or a variable.
+Each PIN is tried once.
+
+An answers file (--answers, YAML: "question: answer") may answer what is not a
+decision, such as where a witness's signature is.
+
+Interrupted at any point, it goes on with: chancery-ceremony resume DIR/out`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			def, err := readDefinition(args[0])
+			if err != nil {
+				return err
+			}
+			if def.Environment != ceremony.Production {
+				return fmt.Errorf("run %s: environment is %s, not production: %w", def.ID, def.Environment, ceremony.ErrEnvironment)
+			}
+			return f.start(cmd, def)
+		},
+	}
+	f.register(cmd)
+	f.registerPINs(cmd)
+	return cmd
+}
+
+func newResume() *cobra.Command {
+	f := runFlags{resume: true}
+	cmd := &cobra.Command{
+		Use:   "resume OUTPUTS",
+		Short: "Go on with an interrupted ceremony or rehearsal",
+		Long: `resume goes on where an interrupted ceremony stopped. OUTPUTS is its output
+folder, the one with transcript.jsonl. A token is opened, and its PIN asked
+for, only if there is still something to do in it.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			def, err := ceremony.OpenFolder(args[0])
+			if err != nil {
+				return err
+			}
+			f.out = args[0]
+			return f.start(cmd, def)
+		},
+	}
+	f.registerAnswers(cmd)
+	f.registerPINs(cmd)
+	cmd.Flags().BoolVar(&f.ask, "ask", false, "in a rehearsal: ask people")
+	return cmd
+}
+
+// runFlags are the flags of the commands that run a ceremony.
+type runFlags struct {
+	dir     string // of the ceremony
+	out     string // of its outputs
+	answers string
+	pins    pinFiles
+	ask     bool
+	resume  bool
+}
+
+func (f *runFlags) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.dir, "dir", "", "folder of the ceremony (default: its id)")
+	f.registerAnswers(cmd)
+}
+
+func (f *runFlags) registerAnswers(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.answers, "answers", "", "file with answers (YAML)")
+}
+
+func (f *runFlags) registerPINs(cmd *cobra.Command) {
+	f.pins = pinFiles{}
+	cmd.Flags().Var(f.pins, "pin-file", "file with the PIN of a token; once for each token")
+}
+
+// start runs or resumes the ceremony of def.
+func (f *runFlags) start(cmd *cobra.Command, def *ceremony.Definition) error {
+	if err := f.place(def); err != nil {
+		return err
+	}
+	if _, err := ceremony.Plan(def); err != nil {
+		return err
+	}
+	if err := errors.Join(f.pins.check(def), tokensPossible(def)); err != nil {
+		return err
+	}
+	if !f.resume {
+		if err := prepare(f.dir); err != nil {
+			return err
+		}
+	}
+	c := consoleOf(cmd)
+	people, err := f.people(c, def)
+	if err != nil {
+		return err
+	}
+	return f.perform(cmd.Context(), c, people, def)
+}
+
+// consoleOf returns the console of a command.
+func consoleOf(cmd *cobra.Command) *console {
+	in, _ := cmd.InOrStdin().(*os.File)
+	return newConsole(in, cmd.OutOrStdout())
+}
+
+// place works out the folders.
+func (f *runFlags) place(def *ceremony.Definition) error {
+	if f.out != "" { // resumed: DIR/OUTPUTS is where we are
+		out, err := filepath.Abs(f.out)
+		if err != nil {
+			return fmt.Errorf("find folder: %w", err)
+		}
+		dir, ok := strings.CutSuffix(out, string(filepath.Separator)+filepath.FromSlash(def.Outputs.Dir))
+		if !ok {
+			return fmt.Errorf("the outputs are in %s, and the definition says %s: %w", out, def.Outputs.Dir, ceremony.ErrDefinition)
+		}
+		f.dir = dir
+		return nil
+	}
+	if f.dir == "" {
+		f.dir = def.ID
+	}
+	f.out = filepath.Join(f.dir, filepath.FromSlash(def.Outputs.Dir))
+	return nil
+}
+
+// people decides who answers: an unattended rehearsal answers by itself, a
+// prepared answer comes before a typed one.
+func (f *runFlags) people(c *console, def *ceremony.Definition) (ceremony.People, error) {
+	var people ceremony.People = c
+	if def.Environment == ceremony.Rehearsal && !f.ask {
+		people = ceremony.Practice{}
+	}
+	if f.answers == "" {
+		return people, nil
+	}
+	answers, err := readAnswers(f.answers)
+	if err != nil {
+		return nil, err
+	}
+	return &ceremony.Prepared{Answers: answers, Next: people}, nil
+}
+
+func readAnswers(path string) (map[string]string, error) {
+	content, err := readFile(path, ceremony.MaxDefinition)
+	if err != nil {
+		return nil, fmt.Errorf("read answers: %w", err)
+	}
+	return ceremony.ParseAnswers(content)
+}
+
+// perform runs the ceremony and says what it made, or how to go on.
+func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.People, def *ceremony.Definition) error {
+	printHead(&c.printer, def)
+	began := time.Now()
+	source := &tokenSource{def: def, dir: f.dir, out: f.out, console: c, pinFiles: f.pins}
+	binary, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	progress := c.progress
+	if _, unattended := people.(ceremony.Practice); unattended {
+		progress = c.brief
+	}
+	res, err := ceremony.Run(ctx, def, ceremony.Options{
+		Open: source.open, Inspect: source.inspect, People: people, Dir: f.out,
+		Now: clock, Binary: binary, Resume: f.resume, Progress: progress,
+	})
+	if err != nil {
+		return &interrupted{err: err, out: f.out}
+	}
+	summary(c, f.dir, def, res, time.Since(began))
+	return c.err
+}
+
+// interrupted is the error of a ceremony that has begun.
+type interrupted struct {
+	err error
+	out string
+}
+
+func (e *interrupted) Error() string { return e.err.Error() }
+func (e *interrupted) Unwrap() error { return e.err }
+
+// hint says how to go on, or that there is no going on.
+func (e *interrupted) hint() string {
+	state, err := ceremony.ReadStatus(e.out)
+	switch {
+	case err != nil:
+		return "" // nothing was begun
+	case state.Ending != "":
+		return "the ceremony is over; its records are in " + e.out
+	case state.Quarantined != "":
+		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s", e.out)
+	case errors.Is(e.err, ceremony.ErrUnfinished):
+		return fmt.Sprintf("when a witness has signed: chancery-ceremony sign %s --as ID --signature FILE", e.out)
+	}
+	return fmt.Sprintf("nothing is lost; go on with: chancery-ceremony resume %s", e.out)
+}
+
+// prepare makes the folder; one that has something in it is refused.
+func prepare(dir string) error {
+	entries, err := os.ReadDir(dir)
+	switch {
+	case err == nil && len(entries) > 0:
+		return fmt.Errorf("folder %s is not empty: %w", dir, ceremony.ErrOutputExists)
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("open folder: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make folder: %w", err)
+	}
+	return nil
+}
+
+func summary(c *console, dir string, def *ceremony.Definition, res *ceremony.Result, took time.Duration) {
+	p := &c.printer
+	p.line("")
+	p.field("Done", fmt.Sprintf("in %s: %d keys, %d certificates, %d files, %d records",
+		seconds(took), len(def.Keys), len(res.Certificates), len(res.Files)+1, res.Records))
+	for _, name := range slices.Sorted(maps.Keys(res.Certificates)) {
+		cert := res.Certificates[name]
+		p.field(name, fmt.Sprintf("%s, until %s", cert.Subject.CommonName, cert.NotAfter.Format(time.DateOnly)))
+		p.field("", fmt.Sprintf("%x", sha256.Sum256(cert.Raw)))
+	}
+	p.hash("Last record", res.Head)
+	p.field("Files", res.Dir)
+	if def.Environment == ceremony.Rehearsal {
+		p.field("PINs", filepath.Join(dir, pinsFolder))
+	}
+	p.field("Check", "chancery-ceremony verify "+res.Dir)
+}
