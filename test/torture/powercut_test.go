@@ -197,6 +197,7 @@ func readTrace(t testing.TB, path string) (events []event) {
 	}
 	defer f.Close()
 	under := map[string]event{} // by thread
+	gone := map[string]bool{}   // threads that ended in a call that strace could not read
 	lines := bufio.NewReaderSize(f, 1<<20)
 	for n := 0; ; n++ {
 		line, err := lines.ReadString('\n')
@@ -209,6 +210,13 @@ func readTrace(t testing.TB, path string) (events []event) {
 		thread, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
 		rest = strings.TrimLeft(rest, " ")
 		if strings.HasPrefix(rest, "+++") || strings.HasPrefix(rest, "---") {
+			continue
+		}
+		if gone[thread] {
+			t.Fatalf("line %d of the trace: a thread goes on after a call that was not read", n+1)
+		}
+		if strings.HasPrefix(rest, "???") { // the process ended before strace could ask which call it was
+			gone[thread] = true
 			continue
 		}
 		e, resumed := under[thread]
