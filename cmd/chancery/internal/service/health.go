@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -123,11 +124,26 @@ func (s *Service) registerHealth() {
 			return c.JSON(http.StatusServiceUnavailable, map[string]string{"status": "NOT_SERVING"})
 		}
 		answer := map[string]string{"status": "SERVING"}
-		if s.tuf != nil && s.tuf.Expiring() != nil {
-			answer["warning"] = "TUF metadata expires soon" // which of it, the log says
+		if warnings := s.warnings(); len(warnings) > 0 {
+			answer["warning"] = strings.Join(warnings, "; ")
 		}
 		return c.JSON(http.StatusOK, answer)
 	})
+}
+
+// warnings is what an operator should see to though every request is answered;
+// the reasons are in the log.
+func (s *Service) warnings() []string {
+	var warnings []string
+	if s.tuf != nil && s.tuf.Expiring() != nil {
+		warnings = append(warnings, "TUF metadata expires soon")
+	}
+	for _, l := range s.logs {
+		if l.heads.CounterErr() != nil {
+			warnings = append(warnings, "log "+l.name+": hardware counter does not follow")
+		}
+	}
+	return warnings
 }
 
 // Watch looks at the tokens every interval. It calls alive while waiting can
