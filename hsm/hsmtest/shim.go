@@ -3,6 +3,7 @@ package hsmtest
 import (
 	"bytes"
 	_ "embed"
+	"encoding/binary"
 	"errors"
 	"os"
 	"os/exec"
@@ -50,6 +51,8 @@ const (
 	wordSessions
 	wordSessionsPeak
 	wordRecords
+	wordKeyCode
+	wordKeyID
 
 	wordCalls word = 32 // and one more for each function
 	words     word = 128
@@ -262,6 +265,16 @@ func (s *Shim) FailLater(function Function, code uint, skip, count int) {
 // GetFunctionList, WaitForSlotEvent and functions that open sessions.
 func (s *Shim) FailAfter(function Function, code uint, count int) {
 	s.rule(function, code, 0, count, 1)
+}
+
+// FailKey makes every C_SignInit with the key of this CKA_ID, of which the first
+// 8 octets count, return code; code 0 none.
+func (s *Shim) FailKey(id []byte, code uint) {
+	var begin [8]byte
+	copy(begin[:], id)
+	s.at(wordKeyCode).Store(0)
+	s.at(wordKeyID).Store(binary.NativeEndian.Uint64(begin[:]))
+	s.at(wordKeyCode).Store(uint64(code))
 }
 
 func (s *Shim) rule(function Function, code uint, skip, count, after int) {

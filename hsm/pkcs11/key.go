@@ -74,7 +74,7 @@ func (k *key) sign(ctx context.Context, digest []byte) ([]byte, error) {
 			return err
 		}
 		sig, err = p.signer.Sign(nil, buf[:n], nil)
-		return err
+		return p.proved(classify(err))
 	})
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/ThalesIgnite/crypto11"
 	"github.com/chancery-ca/chancery/hsm"
@@ -25,6 +26,18 @@ type pair struct {
 	pub     *ecdsa.PublicKey
 	spki    [32]byte
 	signer  crypto11.Signer
+	works   atomic.Bool // it has signed on conn
+}
+
+// proved notes that the pair has signed, or marks the error of one that has not.
+func (p *pair) proved(err error) error {
+	switch {
+	case err == nil:
+		p.works.Store(true)
+	case !p.works.Load():
+		return unproven{err}
+	}
+	return err
 }
 
 // ref gives the pair its name in the token that u names.

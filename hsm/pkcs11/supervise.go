@@ -35,6 +35,8 @@ type recovery struct {
 	done  chan struct{} // not nil while reopening; closed when it ends
 	fatal error         // why the module is dead, nil if it is not
 	until time.Time     // when the running attempt counts as hung; zero between attempts
+	hold  time.Duration // how long the last lost connection was kept for the others
+	now   chan struct{} // not nil while one is kept: to be closed if it is lost for all
 }
 
 // why says why there is no connection.
@@ -76,18 +78,57 @@ func (r *recovery) forget() {
 	r.fatal = nil
 }
 
+// unproven marks the loss of a key that has not signed since the connection was
+// made: perhaps the key is broken and not the connection.
+type unproven struct{ error }
+
+func (u unproven) Unwrap() error { return u.error }
+
 // lose reports that t's connection is lost. The first report starts the
 // supervisor, which logs to t's logger; later ones change nothing. The caller
 // holds t.gate for reading.
+//
+// One broken key must not take the others away, nor log in as fast as it can:
+// while losses are unproven the connection is kept for a time that doubles, from
+// firstPause to lastPause, before the module is reopened. A loss that is no
+// doubt one ends the wait.
 func (m *module) lose(t *Token, err error) {
 	r := &m.recovery
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var doubt unproven
+	if !errors.As(err, &doubt) {
+		r.hold = 0
+		if r.now != nil {
+			close(r.now)
+			r.now = nil
+		}
+	}
 	if r.done != nil || r.fatal != nil {
 		return
 	}
 	r.done = make(chan struct{})
-	go m.recover(t.log, t.cfg.Deadline, err)
+	if doubt.error != nil {
+		r.hold = min(max(2*r.hold, firstPause), lastPause)
+		r.now = make(chan struct{})
+	}
+	go m.recover(t.log, t.cfg.Deadline, err, r.hold, r.now)
+}
+
+// keep waits for as long as the connection is kept.
+func (r *recovery) keep(hold time.Duration, now <-chan struct{}) {
+	if now == nil {
+		return
+	}
+	timeout := time.NewTimer(hold)
+	defer timeout.Stop()
+	select {
+	case <-now:
+	case <-timeout.C:
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.now = nil
 }
 
 // recovered waits for a running recovery and says whether the module is up.
@@ -114,9 +155,10 @@ func (m *module) recovered(ctx context.Context) bool {
 // recover closes every connection of the module and opens them all again, as
 // often as it takes. It ends when all are open, when none is wanted any more, or for
 // good when a PIN is refused. Callers get ErrLost while an attempt hangs.
-func (m *module) recover(log *slog.Logger, deadline time.Duration, cause error) {
+func (m *module) recover(log *slog.Logger, deadline time.Duration, cause error, hold time.Duration, now <-chan struct{}) {
 	began := time.Now()
-	log.Warn("connection lost, reopening the module", "module", m.path, "error", cause)
+	log.Warn("connection lost, reopening the module", "module", m.path, "error", cause, "after", hold)
+	m.recovery.keep(hold, now)
 	pause := firstPause
 	for {
 		late := time.AfterFunc(deadline, func() {

@@ -20,7 +20,8 @@
 //   - Lost sessions and devices come back by themselves. The unit of recovery
 //     is the module path (C_Finalize is counted for the whole library): all its
 //     contexts are drained and closed, opened again, and every key is found
-//     again by its id and compared with its public key (supervise.go).
+//     again by its id and compared with its public key (supervise.go). A key
+//     that alone keeps losing the connection does not take the others with it.
 //
 // It trusts the library not to corrupt the process, and the token for secrecy
 // and randomness. It does not trust a signature, an object handle that outlived

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -38,7 +39,7 @@ var codes = map[class][]uint{
 	unknown: {0x80000001, 0x1FF},
 }
 
-// more are return values that are injected into signing and recovery alone.
+// more are return values that are injected into signing alone.
 var more = map[class][]uint{
 	lost: {
 		p11.CKR_SLOT_ID_INVALID, p11.CKR_DEVICE_REMOVED, p11.CKR_KEY_HANDLE_INVALID, p11.CKR_OBJECT_HANDLE_INVALID,
@@ -103,6 +104,7 @@ type report struct {
 	mu    sync.Mutex
 	rows  map[string]*row
 	total int
+	given atomic.Int64 // signatures that callers of the load got
 }
 
 // row is one line: a kind of fault in a call in a phase.
@@ -125,6 +127,9 @@ func (p *report) row(f *fault) *row {
 
 // saw counts what a caller got.
 func (p *report) saw(f *fault, err error) {
+	if err == nil {
+		p.given.Add(1)
+	}
 	if f == nil || err == nil || errors.Is(err, errClosed) {
 		return
 	}

@@ -215,3 +215,38 @@ func TestHang(t *testing.T) {
 		}, func() { r.shim.Hang(0) })
 	}
 }
+
+// TestOneKeyFails: one key's signatures always lose the connection, as they do
+// when its object is broken. The others sign, and the tokens are not logged in
+// to as fast as they can be.
+func TestOneKeyFails(t *testing.T) {
+	const watch = 2 * time.Second
+	r := newRig(t, 10*time.Second)
+	r.shim.Delay(int(signTime.Microseconds()))
+	r.startLoad()
+	broken := r.devices[0].keys[0]
+	for i := range rounds(1, 4) {
+		code := codes[lost][i%len(codes[lost])]
+		f := &fault{phase: "sign", call: "C_SignInit", kind: "of one key, always", code: code}
+		r.during(f, func() {
+			logins := r.shim.Logins()
+			r.shim.FailKey(broken.id, code)
+			for began := time.Now(); time.Since(began) < watch; {
+				for _, d := range r.devices {
+					for _, s := range d.keys {
+						if s != broken {
+							eventually(t, "a signature of another key", func() bool { return r.sign(s) == nil })
+						}
+					}
+				}
+			}
+			// The pauses double from 50 ms to 1 s: 7 losses of 2 tokens at most.
+			if got := r.shim.Logins() - logins; got > 14 {
+				t.Errorf("%s: %d logins in %s", f, got, watch)
+			}
+			if err := r.sign(broken); err == nil {
+				t.Errorf("%s: signed", f)
+			}
+		}, func() { r.shim.FailKey(nil, 0) })
+	}
+}

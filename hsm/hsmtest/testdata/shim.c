@@ -48,7 +48,7 @@ enum { W_LOGINS, W_SIGNS, W_DELAY_US, W_HANG, W_CORRUPT_EVERY, W_RUNNING,
 	W_PEAK, W_TOKEN_FLAGS, W_FAIL_FUNCTION, W_FAIL_RV, W_FAIL_COUNT,
 	W_CORRUPTED, W_FAILED, W_MAX_SESSIONS, W_FAIL_SKIP, W_FAIL_AFTER,
 	W_HANGING, W_LOSE, W_REMOVED, W_PIN_TRIES, W_PIN_WRONG, W_SESSION_LIMIT,
-	W_SESSIONS, W_SESSIONS_PEAK, W_RECORDS, W_CALLS = 32 /* one for each function */ };
+	W_SESSIONS, W_SESSIONS_PEAK, W_RECORDS, W_KEY_RV, W_KEY_ID, W_CALLS = 32 /* one for each function */ };
 
 enum { INITIALIZE = 0, FINALIZE = 1, GET_FUNCTION_LIST = 3, GET_SLOT_LIST = 4,
 	GET_TOKEN_INFO = 6, OPEN_SESSION = 12, CLOSE_SESSION = 13, CLOSE_ALL = 14,
@@ -449,8 +449,9 @@ static rv_t logout(ulong_t session)
 	return rv;
 }
 
-/* identify notes in the table which key a session signs with. */
-static void identify(ulong_t session, ulong_t key)
+/* identify notes in the table which key a session signs with, and says whether
+ * this key shall fail, and with what. */
+static rv_t identify(ulong_t session, ulong_t key)
 {
 	struct { ulong_t type; void *value; ulong_t len; } id;
 	octet value[32];
@@ -466,6 +467,10 @@ static void identify(ulong_t session, ulong_t key)
 			break;
 		}
 	pthread_mutex_unlock(&table_lock);
+	ulong_t begin = 0;
+	if (rv == OK)
+		memcpy(&begin, value, cut(id.len, sizeof begin));
+	return begin == get(W_KEY_ID) ? get(W_KEY_RV) : OK;
 }
 
 static rv_t sign_init(ulong_t session, p mechanism, ulong_t key)
@@ -473,10 +478,10 @@ static rv_t sign_init(ulong_t session, p mechanism, ulong_t key)
 	rv_t rv = enter(SIGN_INIT, SESSION);
 	if (rv != OK)
 		return rv;
-	rv = ASK(SIGN_INIT, (ulong_t, p, ulong_t), (session, mechanism, key));
-	if (rv == OK)
-		identify(session, key);
-	return leave(SIGN_INIT, rv);
+	rv = identify(session, key);
+	if (rv != OK)
+		return rv;
+	return leave(SIGN_INIT, ASK(SIGN_INIT, (ulong_t, p, ulong_t), (session, mechanism, key)));
 }
 
 /* spoil flips a bit of every n-th signature. */
