@@ -1,0 +1,290 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	sigstoretuf "github.com/sigstore/sigstore-go/pkg/tuf"
+	"github.com/theupdateframework/go-tuf/v2/metadata/fetcher"
+
+	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
+	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
+	"github.com/chancery-ca/chancery/hsm/pkcs11"
+	"github.com/chancery-ca/chancery/hsm/softhsm"
+)
+
+// tufDemo makes a demo whose trust folder has a TUF repository and starts it.
+func tufDemo(t *testing.T) *demo {
+	t.Helper()
+	needSoftHSM(t)
+	dir := filepath.Join(t.TempDir(), "demo")
+	must(t, nil, binary(t, "chancery"), "demo", "--once", "--dir", dir)
+	if _, err := os.Stat(filepath.Join(dir, "trust", "tuf")); err != nil {
+		addTUF(t, dir, 1)
+	}
+	return startDemo(t, dir)
+}
+
+// addTUF has custodians sign targets of this version for a demo's client files
+// and puts the repository into its trust folder. It runs in a process of its
+// own: SoftHSM has one home per process.
+func addTUF(t *testing.T, dir string, version int) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run", "^TestCustodians$", "-test.v")
+	cmd.Env = append(os.Environ(), "CHANCERY_TUF_DEMO="+dir, fmt.Sprintf("CHANCERY_TUF_VERSION=%d", version))
+	if out, err := cmd.CombinedOutput(); err != nil || bytes.Contains(out, []byte("SKIP")) {
+		t.Fatalf("make the TUF repository: %v\n%s", err, out)
+	}
+}
+
+// TestCustodians is addTUF's process. Two of three custodians sign with keys in
+// SoftHSM tokens of their own; the online key is in the service's token. What
+// the online key signs is left to the service.
+func TestCustodians(t *testing.T) {
+	dir := os.Getenv("CHANCERY_TUF_DEMO")
+	if dir == "" {
+		t.Skip("the process of addTUF")
+	}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	home, err := softhsm.Open(filepath.Join(dir, "tokens"))
+	check(err)
+	trustDir, now := filepath.Join(dir, "trust"), time.Now()
+	var custodians []hsm.Key
+	var online hsm.Key
+	layout := tuf.Layout{Threshold: 2, Expires: tuf.Expires{
+		Root: tuf.Period{Years: 1}, Targets: tuf.Decade, Snapshot: tuf.Decade, Timestamp: tuf.Period{Days: 7},
+	}}
+	var version int64
+	_, err = fmt.Sscan(os.Getenv("CHANCERY_TUF_VERSION"), &version)
+	check(err)
+	find := func(label string, pin []byte, made bool) hsm.Key {
+		t.Helper()
+		name := label
+		if label == string(hsm.RoleTUFOnline) {
+			name = "online"
+		}
+		token, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: home.Module(), URI: "pkcs11:token=" + name, PIN: pin})
+		check(err)
+		t.Cleanup(func() { _ = token.Close() })
+		id := []byte(fmt.Sprintf("%-16.16s", label))
+		if made {
+			key, err := token.Find(t.Context(), id)
+			check(err)
+			return key
+		}
+		key, err := token.Generate(t.Context(), hsm.Spec{Label: label, ID: id, Algorithm: hsm.ECDSAP256})
+		check(err)
+		return key
+	}
+	pinFile := func(name string) string { return filepath.Join(dir, "pins", name) }
+	for i := range 3 {
+		name := fmt.Sprintf("c%d", i+1)
+		if version == 1 {
+			pin := make([]byte, 8)
+			_, _ = rand.Read(pin)
+			check(os.WriteFile(pinFile(name), []byte(hex.EncodeToString(pin)), 0o400))
+			check(home.InitToken(name, []byte("so-"+name), []byte(hex.EncodeToString(pin))))
+		}
+		custodians = append(custodians, find(name, mustRead(t, pinFile(name)), version > 1))
+		layout.Custodians = append(layout.Custodians, custodians[i].Public().(*ecdsa.PublicKey))
+	}
+	online = find(string(hsm.RoleTUFOnline), mustRead(t, pinFile("online")), version > 1)
+	layout.Online = online.Public().(*ecdsa.PublicKey)
+	signed := func(d *tuf.Draft, err error) []byte {
+		t.Helper()
+		check(err)
+		for _, k := range custodians[1:] {
+			_, err := d.Sign(t.Context(), k)
+			check(err)
+		}
+		check(d.Err())
+		data, err := d.Bytes()
+		check(err)
+		return data
+	}
+	repoDir := filepath.Join(trustDir, "tuf")
+	var rootFile []byte
+	if version == 1 {
+		rootFile = signed(tuf.NewRoot(layout, nil, now))
+	} else {
+		rootFile = mustRead(t, filepath.Join(repoDir, "1.root.json"))
+	}
+	root, err := tuf.ParseRoot(rootFile)
+	check(err)
+	targets, err := tuf.Targets(mustRead(t, filepath.Join(dir, "trusted_root.json")), mustRead(t, filepath.Join(dir, "signing_config.v0.2.json")), now)
+	check(err)
+	repo, err := tuf.Assemble([][]byte{rootFile}, signed(tuf.NewTargets(root, version, targets, now)), nil, nil, targets)
+	check(err)
+	check(os.RemoveAll(repoDir))
+	check(repo.Write(repoDir))
+
+	keys := filepath.Join(trustDir, "keys.yaml")
+	ring, err := trust.LoadKeyRing(keys)
+	check(err)
+	ring.Keys[hsm.RoleTUFOnline] = trust.Key{Token: "online", URI: online.Ref().URI, SPKI: online.Ref().SPKI}
+	data, err := ring.Marshal()
+	check(err)
+	check(os.WriteFile(keys, data, 0o600))
+}
+
+// versions returns those of the timestamp and of the targets that are served.
+func (d *demo) versions() (timestamp, targets int64) {
+	d.t.Helper()
+	type pointer struct {
+		Signed struct {
+			Version int64
+			Meta    map[string]struct{ Version int64 }
+		}
+	}
+	var t, s pointer
+	if err := json.Unmarshal(d.get("/tuf/timestamp.json", http.StatusOK), &t); err != nil {
+		d.t.Fatal(err)
+	}
+	name := fmt.Sprintf("/tuf/%d.snapshot.json", t.Signed.Meta["snapshot.json"].Version)
+	if err := json.Unmarshal(d.get(name, http.StatusOK), &s); err != nil {
+		d.t.Fatal(err)
+	}
+	return t.Signed.Version, s.Signed.Meta["targets.json"].Version
+}
+
+// TestTUF: a client that knows a demo's first TUF root gets its trust files,
+// and what follows them.
+func TestTUF(t *testing.T) {
+	d := tufDemo(t)
+	first := d.read("trust", "tuf", "1.root.json")
+	fetch := func() {
+		t.Helper()
+		f := fetcher.NewDefaultFetcher()
+		f.SetHTTPClient(d.http)
+		client, err := sigstoretuf.New((&sigstoretuf.Options{
+			Root: first, RepositoryBaseURL: d.url + "/tuf", CachePath: filepath.Join(t.TempDir(), "cache"), Fetcher: f,
+		}).WithContext(context.Background()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{tuf.TrustedRootTarget, tuf.SigningConfigTarget} {
+			if got, err := client.GetTarget(name); err != nil || !bytes.Equal(got, d.read(name)) {
+				t.Errorf("%s: %d octets, %v", name, len(got), err)
+			}
+		}
+	}
+	fetch()
+	d.get("/tuf/2.root.json", http.StatusNotFound)
+	d.get("/readyz", http.StatusOK)
+	timestamp, targets := d.versions()
+	if targets != 1 {
+		t.Errorf("targets %d, want 1", targets)
+	}
+
+	// Stopped and started, nothing is signed without need. Without its state the
+	// service signs anew, and no version goes back.
+	dir := d.dir
+	d.stop()
+	d = startDemo(t, dir)
+	if again, _ := d.versions(); again != timestamp {
+		t.Errorf("after a restart timestamp %d, before %d", again, timestamp)
+	}
+	d.stop()
+	if err := os.RemoveAll(filepath.Join(dir, "state", "tuf")); err != nil {
+		t.Fatal(err)
+	}
+	d = startDemo(t, dir)
+	if again, _ := d.versions(); again < timestamp {
+		t.Errorf("without its state timestamp %d, before %d", again, timestamp)
+	}
+	fetch()
+	d.stop()
+
+	// The custodians sign new targets, and the trust folder of before is refused.
+	old := filepath.Join(t.TempDir(), "tuf")
+	if err := os.CopyFS(old, os.DirFS(filepath.Join(dir, "trust", "tuf"))); err != nil {
+		t.Fatal(err)
+	}
+	addTUF(t, dir, 2)
+	d = startDemo(t, dir)
+	fetch()
+	if _, targets := d.versions(); targets != 2 {
+		t.Errorf("targets %d, want 2", targets)
+	}
+	d.stop()
+	if err := os.RemoveAll(filepath.Join(dir, "trust", "tuf")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(dir, "trust", "tuf"), os.DirFS(old)); err != nil {
+		t.Fatal(err)
+	}
+	r := command(t, nil, binary(t, "chancery"), "demo", "--dir", dir)
+	if r.code != 1 || !bytes.Contains([]byte(r.stderr), []byte("out of order")) {
+		t.Errorf("an old trust folder: exit status %d\n%s", r.code, r.stderr)
+	}
+}
+
+// TestCosignTUF: cosign is told of the mirror and its first root once, and then
+// signs and verifies without a flag about the service.
+func TestCosignTUF(t *testing.T) {
+	path := cosign(t)
+	d := tufDemo(t)
+	home := t.TempDir()
+	env := []string{
+		"SSL_CERT_FILE=" + d.path("tls-ca.pem"),
+		"HOME=" + home, "DOCKER_CONFIG=" + home, "COSIGN_EXPERIMENTAL=", "SIGSTORE_ID_TOKEN=", "TUF_ROOT=" + filepath.Join(home, "tuf"),
+	}
+	c := &client{t: t, d: d, cosign: path, env: env}
+	artefact, bundle := c.file("artefact", "trust by TUF\n"), filepath.Join(t.TempDir(), "bundle.json")
+
+	must(t, env, path, "initialize", "--mirror", d.url+"/tuf", "--root", d.path("trust", "tuf", "1.root.json"))
+	must(t, env, path, "sign-blob", artefact, "--bundle", bundle, "--identity-token", d.path("token"), "--yes")
+	verifying := func(identity, file string) []string {
+		return []string{"verify-blob", file, "--bundle", bundle, "--certificate-identity", identity, "--certificate-oidc-issuer", d.issuer}
+	}
+	must(t, env, path, verifying(user, artefact)...)
+	// The same bundle by the files of the ceremony.
+	must(t, env, path, c.verifying(user, d.issuer, "verify-blob", artefact, "--bundle", bundle)...)
+	for name, args := range map[string][]string{
+		"another identity": verifying("mallory@example.com", artefact), "another file": verifying(user, c.file("other", "x")),
+	} {
+		if r := command(t, env, path, args...); r.code == 0 {
+			t.Errorf("cosign accepted %s", name)
+		}
+	}
+
+	// A mirror whose root is not the one that was given is not taken.
+	a, b := hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256)
+	draft, err := tuf.NewRoot(tuf.Layout{
+		Custodians: []*ecdsa.PublicKey{a.Public().(*ecdsa.PublicKey)}, Threshold: 1, Online: b.Public().(*ecdsa.PublicKey),
+		Expires: tuf.Expires{Root: tuf.Decade, Targets: tuf.Decade, Snapshot: tuf.Decade, Timestamp: tuf.Decade},
+	}, nil, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := draft.Sign(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	root, err := draft.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger := append(slices.Clone(env), "TUF_ROOT="+filepath.Join(home, "other"))
+	if r := command(t, stranger, path, "initialize", "--mirror", d.url+"/tuf", "--root", c.file("root.json", string(root))); r.code == 0 {
+		t.Error("cosign took a mirror with another root")
+	}
+}
