@@ -102,6 +102,9 @@ func (m *module) limit(slot uint, wish int) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read token: %w", classify(err))
 	}
+	if m.oneCall {
+		wish = 1
+	}
 	most := info.MaxRwSessionCount
 	if most == pkcs11.CK_EFFECTIVELY_INFINITE || most == pkcs11.CK_UNAVAILABLE_INFORMATION {
 		return wish, nil

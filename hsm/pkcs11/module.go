@@ -39,7 +39,27 @@ type module struct {
 	shared *pkcs11.Ctx         // under lock: crypto11's own handle while live > 0, else nil
 	tokens map[*Token]struct{} // under lock: what is open
 
+	// alone is held during each visit to a library that takes one call at a
+	// time (oneCall), and of no use to others. It comes before any Token.gate.
+	alone    sync.Mutex
+	oneCall  bool
 	recovery recovery
+}
+
+// oneCallOnly are the libraries, by file name, that several threads must not
+// call: when the server of p11-kit's client (0.24) goes away in the middle of
+// an answer, the threads that wait for other answers on the same connection
+// never return. It loses nothing: the server takes a connection's calls in
+// turn.
+var oneCallOnly = map[string]bool{"p11-kit-client.so": true}
+
+// enter begins a visit to the library. The visit ends with what it returns.
+func (m *module) enter() (leave func()) {
+	if !m.oneCall {
+		return func() {}
+	}
+	m.alone.Lock()
+	return m.alone.Unlock
 }
 
 // moduleFor returns the owner of the library at path, loading it the first
@@ -61,7 +81,8 @@ func moduleFor(path string) (*module, error) {
 	if raw == nil {
 		return nil, fmt.Errorf("load module %s: not a PKCS#11 library", real)
 	}
-	m := &module{path: real, raw: raw, lock: make(chan struct{}, 1), tokens: map[*Token]struct{}{}}
+	m := &module{path: real, raw: raw, lock: make(chan struct{}, 1), tokens: map[*Token]struct{}{},
+		oneCall: oneCallOnly[filepath.Base(real)]}
 	registry.modules[real] = m
 	return m, nil
 }
@@ -79,6 +100,7 @@ func (m *module) exclusive(ctx context.Context, f func() error, late func()) err
 	done := make(chan error, 1)
 	go func() {
 		defer func() { <-m.lock }()
+		defer m.enter()()
 		err := f()
 		if !state.CompareAndSwap(waited, ended) && err == nil {
 			late()

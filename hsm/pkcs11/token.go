@@ -231,6 +231,7 @@ func (t *Token) do(ctx context.Context, share hsm.Share, again bool, f func(*con
 // once is one run of f on a worker.
 func (t *Token) once(ctx context.Context, share hsm.Share, f func(*connection) error) error {
 	return t.queue.Do(ctx, share, func() error {
+		defer t.module.enter()()
 		if !t.gate.TryRLock() {
 			return t.module.recovery.why()
 		}

@@ -44,7 +44,7 @@ const (
 	// recoveryLimit is how long signing may take to come back.
 	recoveryLimit = 10 * time.Second
 	// signTime is what the shim adds to each signature: it paces the load.
-	signTime = 3 * time.Millisecond
+	signTime = 6 * time.Millisecond
 	// callLimit ends the wait of one call.
 	callLimit = 3 * time.Second
 	// sessions is the MaxSessions of each token, and extra what its login and
@@ -257,7 +257,7 @@ func (r *rig) startLoad() {
 
 // signOn signs until the load ends, and checks every error.
 func (r *rig) signOn(s *signer) {
-	rest := time.NewTicker(time.Millisecond) // between errors, which come at once
+	rest := time.NewTicker(3 * time.Millisecond) // between errors, which come at once
 	defer rest.Stop()
 	for {
 		before := r.fault.Load()
