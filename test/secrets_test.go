@@ -46,7 +46,7 @@ func newSecrecy(t *testing.T) *secrecy {
 		t.Fatal(err)
 	}
 	// The test's own folder is closed to the account.
-	if err := os.WriteFile(s.path("chancery"), raw, 0o755); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(s.path("chancery"), raw, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -269,7 +269,7 @@ func TestSecretsAppearNowhere(t *testing.T) {
 	t.Run("serve", func(t *testing.T) {
 		s.t = t
 		config := s.path("chancery.yaml")
-		if err := os.WriteFile(config, mustRead(t, serveConfig(t, dir)), 0o644); err != nil { //nolint:gosec // no secret
+		if err := os.WriteFile(config, mustRead(t, serveConfig(t, dir)), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		credentials := s.path("demo", "pins")
@@ -298,7 +298,7 @@ func TestSecretsAppearNowhere(t *testing.T) {
 	t.Run("refused PIN", func(t *testing.T) {
 		s.t = t
 		wrong := s.path("wrong")
-		if err := os.Mkdir(wrong, 0o755); err != nil { //nolint:gosec // a credentials folder
+		if err := os.Mkdir(wrong, 0o755); err != nil {
 			t.Fatal(err)
 		}
 		pin := []byte("wrong-pin-4711-0815")
