@@ -314,20 +314,18 @@ func (p Places) roleOf(spki string) hsm.Role {
 // Reserve keeps the service of the configuration from starting until release is
 // called. Errors: ErrServing if it is running.
 func Reserve(cfg *config.Config) (release func() error, err error) {
-	for _, place := range service.LogPlaces(cfg) {
-		if _, err := os.Stat(place.Dir); errors.Is(err, os.ErrNotExist) {
-			return func() error { return nil }, nil // it was never initialised, so it cannot run
-		}
-		lock, err := store.Open(place.Dir, store.Options{})
-		if errors.Is(err, store.ErrLocked) {
-			return nil, fmt.Errorf("%w: %w", ErrServing, err)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("look for a running service: %w", err)
-		}
-		return lock.Close, nil // all logs share the folder
+	dir := service.LogPlaces(cfg)[0].Dir // all logs share it, and there is one at least
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return func() error { return nil }, nil // it was never initialised, so it cannot run
 	}
-	return func() error { return nil }, nil
+	lock, err := store.Open(dir, store.Options{})
+	if errors.Is(err, store.ErrLocked) {
+		return nil, fmt.Errorf("%w: %w", ErrServing, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look for a running service: %w", err)
+	}
+	return lock.Close, nil
 }
 
 // Clean replaces what a terminal could take for a command.
