@@ -197,12 +197,9 @@ func (n *node) exchange(command []byte, deadline time.Time) ([]byte, error) {
 	if written != len(command) {
 		return nil, fmt.Errorf("write command: %d of %d octets", written, len(command))
 	}
-	if err := n.wait(deadline); err != nil {
-		return nil, err
-	}
-	got, err := unix.Read(n.fd, n.buf[:])
+	got, err := n.read(deadline)
 	if err != nil {
-		return nil, fmt.Errorf("read response: %w", err)
+		return nil, err
 	}
 	if got < headerSize {
 		return nil, fmt.Errorf("%w: %d octets", errMalformed, got)
@@ -217,7 +214,25 @@ func (n *node) exchange(command []byte, deadline time.Time) ([]byte, error) {
 	return n.buf[:size], nil
 }
 
-// wait returns when there is a response to read.
+// read reads a response once there is one. A kernel may say too early that
+// there is; it then gives nothing.
+func (n *node) read(deadline time.Time) (int, error) {
+	for {
+		if err := n.wait(deadline); err != nil {
+			return 0, err
+		}
+		got, err := unix.Read(n.fd, n.buf[:])
+		switch {
+		case err == nil && got > 0:
+			return got, nil
+		case err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR):
+			return 0, fmt.Errorf("read response: %w", err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// wait returns when there may be a response to read.
 func (n *node) wait(deadline time.Time) error {
 	fds := []unix.PollFd{{Fd: int32(n.fd), Events: unix.POLLIN}, {Fd: int32(n.wake.Fd()), Events: unix.POLLIN}}
 	for {

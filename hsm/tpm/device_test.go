@@ -28,7 +28,10 @@ func nodePair(t *testing.T) (*node, int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { n.close(); _ = unix.Close(fds[1]) })
+	t.Cleanup(func() {
+		n.close()
+		_ = unix.Close(fds[1])
+	})
 	return n, fds[1]
 }
 
@@ -90,6 +93,13 @@ func TestNodeEnds(t *testing.T) {
 		t.Errorf("no answer: %v, want a deadline", err)
 	}
 	n, kernel := nodePair(t)
+	if err := unix.Shutdown(kernel, unix.SHUT_RDWR); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.read(time.Now().Add(20 * time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("nothing to read, and told that there is: %v, want a deadline", err)
+	}
+	n, kernel = nodePair(t)
 	go func() {
 		_, _ = unix.Read(kernel, make([]byte, maxMessage)) // the command has come
 		n.close()
