@@ -92,7 +92,8 @@ type Token struct {
 	// Sessions is how many signatures the token makes at once, 2 to 1,024;
 	// default 16. A TPM makes one at a time whatever it says.
 	Sessions int `yaml:"sessions"`
-	// Queue is how many callers may wait for a session before the rest is
+	// Queue is how many callers of each share of the token (tree heads,
+	// issuing, timestamps, others) may wait for a session before more are
 	// refused, 1 to 100,000; default 1,024.
 	Queue int `yaml:"queue"`
 	// Deadline is how long the token may take for one operation before it is
