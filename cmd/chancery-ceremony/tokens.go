@@ -33,12 +33,14 @@ const tpmFolder = "tpm"
 
 // inspect describes a token without a login.
 func (s *tokenSource) inspect(ctx context.Context, name string) (hsm.Inspection, error) {
-	_, device, isTPM, err := s.tpm(ctx, name)
-	switch {
-	case err != nil:
+	folder, device, isTPM, err := s.tpm(ctx, name)
+	if err != nil {
 		return hsm.Inspection{}, err
-	case isTPM:
-		return tpm.Inspect(ctx, device)
+	}
+	if isTPM {
+		seen, err := tpm.Inspect(ctx, device)
+		seen.Token.Label = folder // as the opened token has it
+		return seen, err
 	}
 	module, uri, err := s.pkcs11(name)
 	if err != nil {
