@@ -18,7 +18,7 @@ const module = "github.com/chancery-ca/chancery"
 // A rule covers the package it names and all below it unless they have one of
 // their own.
 var importRules = map[string][]string{
-	"config": {"ca/identity"},
+	"config": {"ca/identity", "ca/policy"},
 
 	"hsm":            {},
 	"hsm/internal":   {"hsm"},
@@ -29,7 +29,7 @@ var importRules = map[string][]string{
 	"ca":             {"hsm", "ca/profile", "ca/identity", "ca/policy", "ca/audit"},
 	"ca/identity":    {"ca/profile"},
 	"ca/profile":     {},
-	"ca/policy":      {"ca/identity"},
+	"ca/policy":      {"ca/profile"},
 	"ca/audit":       {},
 	"ca/server":      {"ca", "ca/profile", "ca/identity", "ca/policy", "ca/audit"},
 	"ca/tsa":         {"hsm"},
