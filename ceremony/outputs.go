@@ -176,8 +176,12 @@ func (f *facts) genesisFiles() ([]File, error) {
 	if err != nil {
 		return nil, err
 	}
+	repository, err := f.tufFiles()
+	if err != nil {
+		return nil, err
+	}
 	evidence, err := f.evidenceFiles()
-	return slices.Concat(files, trustFiles, evidence), err
+	return slices.Concat(files, trustFiles, repository, evidence), err
 }
 
 // evidenceFiles has one file for each key that was made.

@@ -26,6 +26,9 @@ const (
 	StepSeed        StepKind = "seed"
 	StepKey         StepKind = "key"
 	StepCertificate StepKind = "certificate"
+	StepCustodians  StepKind = "custodians"
+	StepTUF         StepKind = "tuf"
+	StepTUFOnline   StepKind = "tuf-online"
 	StepOutputs     StepKind = "outputs"
 	StepAbort       StepKind = "abort"
 	StepCheckpoint  StepKind = "checkpoint"
@@ -66,6 +69,12 @@ func actionOf(kind StepKind) (action, error) {
 		return action{(*run).key, (*facts).takeKey}, nil
 	case StepCertificate:
 		return action{(*run).certificate, (*facts).takeCertificate}, nil
+	case StepCustodians:
+		return action{(*run).custodians, (*facts).takeCustodians}, nil
+	case StepTUF:
+		return action{(*run).custodiansSign, (*facts).takeTUF}, nil
+	case StepTUFOnline:
+		return action{(*run).onlineSigns, (*facts).takeTUFOnline}, nil
 	case StepOutputs:
 		return action{(*run).outputs, (*facts).takeOutputs}, nil
 	case StepAbort:
@@ -94,6 +103,8 @@ func (k StepKind) Stage() string {
 		return "Keys"
 	case StepCertificate:
 		return "Certificates"
+	case StepCustodians, StepTUF, StepTUFOnline:
+		return "Custodians"
 	case StepOutputs:
 		return "Files"
 	}
@@ -148,7 +159,11 @@ func planGenesis(d *Definition) ([]Step, error) {
 	for _, name := range d.certificateOrder() {
 		steps = append(steps, d.certificateStep(name))
 	}
-	return append(steps, outputsStep()), nil
+	custody, err := d.custodySteps()
+	if err != nil {
+		return nil, err
+	}
+	return append(append(steps, custody...), outputsStep()), nil
 }
 
 // opening is how every ceremony begins.
@@ -306,9 +321,6 @@ func named(kind StepKind, name, why, title string, args ...any) Step {
 
 // supported refuses what is specified and not done by this version.
 func (d *Definition) supported() error {
-	if d.TUF != nil {
-		return fmt.Errorf("tuf: %w", ErrNotInVersion)
-	}
 	for _, name := range sorted(d.Keys) {
 		if p := d.Keys[name].Protection; p == NativeBackup || p == WrappedBackup {
 			return fmt.Errorf("key %s: protection %s: %w", name, p, ErrNotInVersion)

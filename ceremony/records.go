@@ -1,6 +1,7 @@
 package ceremony
 
 import (
+	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -220,6 +221,7 @@ type facts struct {
 	tbs                                 map[string]certificateIntent
 	confirmed                           map[string]bool // certificates
 	certs                               map[string]*x509.Certificate
+	tuf                                 tufFacts
 	announced                           bool   // the files of StepOutputs
 	written                             []File // by StepOutputs
 	abortedAt                           *abortResult
@@ -240,6 +242,7 @@ func newFacts(d *Definition, plan []Step) *facts {
 		seeded: map[string]bool{}, keyIntents: map[string]keyIntent{}, keys: map[string]keyFact{},
 		tbs: map[string]certificateIntent{}, confirmed: map[string]bool{}, certs: map[string]*x509.Certificate{},
 		answers: map[string]witnessData{},
+		tuf:     tufFacts{keys: map[string]*ecdsa.PublicKey{}, signatures: map[string]tufData{}},
 	}
 }
 
@@ -268,7 +271,7 @@ func (f *facts) apply(rec *Record) error {
 	if f.quarantined != "" && !f.aborted() {
 		return bad(rec, "key %s is in quarantine", f.quarantined)
 	}
-	if rec.Type == Statement && step.Kind != StepPeople && step.Kind != StepAbort && !f.present[rec.Actor] {
+	if rec.Type == Statement && step.Kind != StepPeople && step.Kind != StepAbort && !f.present[rec.Actor] && !f.def.isCustodian(step, rec.Actor) {
 		return bad(rec, "%.40q is not there", rec.Actor)
 	}
 	a, err := actionOf(step.Kind)

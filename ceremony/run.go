@@ -61,6 +61,10 @@ type Options struct {
 	// Inspect describes a token without a login; nil if nobody can. It is
 	// called before Open, so that people see what they type a PIN for.
 	Inspect func(ctx context.Context, token string) (hsm.Inspection, error)
+	// Custodian opens the TUF key of a custodian who has brought their token,
+	// by the id of the definition; nil for one who has not. The caller closes
+	// it. nil if all custodians sign elsewhere.
+	Custodian func(ctx context.Context, id string) (hsm.Key, error)
 	// People are asked and told. nil means Practice, in a rehearsal.
 	People People
 	// Dir is where the outputs go; it is made if it is not there. The caller
@@ -138,7 +142,7 @@ func Rehearse(ctx context.Context, def *Definition, opts Options) (*Result, erro
 //
 // Errors: ErrEnvironment, ErrNotInVersion, ErrOutputExists, ErrWindow,
 // ErrModule, ErrNotEmpty, ErrQuorum, ErrAnswer, ErrLive, ErrStopped,
-// ErrEntropy, ErrTranscript, ErrUnfinished, ErrDeclined, ErrAborted, and those
+// ErrEntropy, ErrTranscript, ErrCustodians, ErrUnfinished, ErrDeclined, ErrAborted, and those
 // of the tokens.
 func Run(ctx context.Context, def *Definition, opts Options) (*Result, error) {
 	r, err := newRun(def, opts)
