@@ -171,14 +171,19 @@ func (r *Report) checkFiles(dir string, f *facts, records []Record) {
 	var names []string
 	for _, want := range files {
 		names = append(names, want.Name)
-		have, err := readBounded(filepath.Join(dir, filepath.FromSlash(want.Name)), want.Size)
-		if err == nil && !bytes.Equal(have, want.content) {
-			err = errors.New("content differs from the records")
-		}
-		r.add(want.Name, err, "%d octets", want.Size)
+		r.add(want.Name, want.compare(dir), "%d octets", want.Size)
 	}
 	others, err := otherFiles(dir, names)
 	r.add("other files", err, "%s", others)
+}
+
+// compare says how the file in dir differs from what it should be.
+func (f File) compare(dir string) error {
+	have, err := readBounded(filepath.Join(dir, filepath.FromSlash(f.Name)), f.Size)
+	if err == nil && !bytes.Equal(have, f.content) {
+		err = errors.New("content differs from the records")
+	}
+	return err
 }
 
 // otherFiles names what is in dir and was not written by the ceremony.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/chancery-ca/chancery/ceremony"
@@ -54,7 +55,7 @@ const (
 
 // styled puts style around text on a terminal with colours.
 func (c *console) styled(style, text string) string {
-	if !c.color {
+	if !c.color || style == "" {
 		return text
 	}
 	return style + text + end
@@ -104,7 +105,8 @@ func (c *console) Ask(ctx context.Context, q ceremony.Question) (string, error) 
 	return c.read(ctx, c.styled(bold, lines[len(lines)-1])+" ", q.Secret)
 }
 
-// read prints prompt and reads a line, without echo if it is secret.
+// read prints prompt and reads a line, without echo if it is secret: the echo
+// is off before the prompt is there, and what was typed ahead is thrown away.
 func (c *console) read(ctx context.Context, prompt string, secret bool) (string, error) {
 	if c.err != nil {
 		return "", c.err
@@ -112,16 +114,16 @@ func (c *console) read(ctx context.Context, prompt string, secret bool) (string,
 	if c.in == nil {
 		return "", errNoTerminal
 	}
+	quiet := secret && c.terminal
+	if quiet {
+		restore, err := hush(int(c.in.Fd()))
+		if err != nil {
+			return "", fmt.Errorf("turn the terminal's echo off: %w", err)
+		}
+		defer restore()
+	}
 	if _, err := io.WriteString(c.w, prompt); err != nil {
 		return "", err
-	}
-	restore := func() {}
-	if c.terminal {
-		state, err := term.GetState(int(c.in.Fd()))
-		if err != nil {
-			return "", fmt.Errorf("look at the terminal: %w", err)
-		}
-		restore = func() { _ = term.Restore(int(c.in.Fd()), state) }
 	}
 	type answer struct {
 		line []byte
@@ -129,16 +131,15 @@ func (c *console) read(ctx context.Context, prompt string, secret bool) (string,
 	}
 	got := make(chan answer, 1)
 	go func() { // ends with the line, or with the process
-		line, err := c.readLine(secret)
+		line, err := c.readLine()
 		got <- answer{line, err}
 	}()
 	select {
 	case <-ctx.Done():
-		restore()
 		c.line("")
 		return "", ctx.Err()
 	case a := <-got:
-		if secret || !c.terminal || a.err != nil { // no echo has ended the line
+		if quiet || !c.terminal || a.err != nil { // no echo has ended the line
 			c.line("")
 		}
 		if a.err != nil {
@@ -148,15 +149,27 @@ func (c *console) read(ctx context.Context, prompt string, secret bool) (string,
 	}
 }
 
+// hush turns a terminal's echo off and forgets what was typed. restore turns
+// it on again.
+func hush(fd int) (restore func(), err error) {
+	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, err
+	}
+	silent := *before
+	silent.Lflag &^= unix.ECHO
+	if err := unix.IoctlSetTermios(fd, unix.TCSETSF, &silent); err != nil {
+		return nil, err
+	}
+	return func() { _ = unix.IoctlSetTermios(fd, unix.TCSETS, before) }, nil
+}
+
 // maxLine bounds what is read for one answer, in octets.
 const maxLine = 8192
 
 // readLine reads octet by octet, because what follows the line may be for
 // somebody else, who reads without echo.
-func (c *console) readLine(secret bool) ([]byte, error) {
-	if secret && c.terminal {
-		return term.ReadPassword(int(c.in.Fd()))
-	}
+func (c *console) readLine() ([]byte, error) {
 	var line []byte
 	for octet := make([]byte, 1); len(line) <= maxLine; {
 		n, err := c.in.Read(octet)
