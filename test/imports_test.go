@@ -39,7 +39,7 @@ var importRules = map[string][]string{
 	"log/head":       {"hsm", "log/tree"},
 	"log/ct":         {"hsm", "log/tree", "log/head"},
 	"log/rekor":      {"hsm", "log/tree", "log/head"},
-	"ceremony":       {"hsm", "ca/profile", "ceremony/trust"},
+	"ceremony":       {"hsm", "hsm/tpm", "ca/profile", "ceremony/trust"},
 	"ceremony/trust": {"hsm"},
 
 	"ceremony/trust/tuf": {"hsm", "ceremony/trust"},
