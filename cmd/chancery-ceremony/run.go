@@ -185,11 +185,16 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 	if _, unattended := people.(ceremony.Practice); unattended {
 		progress = c.brief
 	}
-	res, err := ceremony.Run(ctx, def, ceremony.Options{
+	opts := ceremony.Options{
 		Open: source.open, Inspect: source.inspect, People: people, Dir: f.out,
 		Now: clock, Binary: binary, Resume: f.resume, Progress: progress,
-	})
-	if err != nil {
+	}
+	custodians := f.custodians(source, def)
+	if custodians != nil {
+		opts.Custodian = custodians.key
+	}
+	res, err := ceremony.Run(ctx, def, opts)
+	if err = errors.Join(err, custodians.close()); err != nil {
 		return &interrupted{err: err, out: f.out}
 	}
 	summary(c, f.dir, def, res, time.Since(began))
@@ -215,6 +220,8 @@ func (e *interrupted) hint() string {
 		return "the ceremony is over; its records are in " + e.out
 	case state.Quarantined != "":
 		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s", e.out)
+	case errors.Is(e.err, ceremony.ErrCustodians):
+		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s", filepath.Join(e.out, "custodians"), e.out)
 	case errors.Is(e.err, ceremony.ErrUnfinished):
 		return fmt.Sprintf("when a witness has signed: chancery-ceremony sign %s --as ID --signature FILE", e.out)
 	}
