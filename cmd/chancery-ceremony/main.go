@@ -130,7 +130,7 @@ It needs no network.`,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newVerify())
+	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify())
 	for _, c := range append(root.Commands(), root) {
 		args := c.Args
 		c.Args = func(cmd *cobra.Command, given []string) error {
