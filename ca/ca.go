@@ -2,15 +2,15 @@
 // and a public key that its owner has proved into a code-signing certificate
 // with an embedded SCT.
 //
-// Data flows one way: Request → TBS, built and linted (ca/profile) →
-// precertificate ∥ SCT → final certificate ∥ the log's durable leaf →
-// Certificate. The two steps of a pair run at the same time, so that of the
-// three hardware signatures (precertificate, SCT, certificate) two are on the
-// critical path:
+// Data flows one way: Request → decision (ca/policy) → TBS, built and linted
+// (ca/profile) → precertificate ∥ SCT → final certificate ∥ the log's durable
+// leaf ∥ the audit's durable record (ca/audit) → Certificate. What stands
+// together runs at the same time, so that of the three hardware signatures
+// (precertificate, SCT, certificate) two are on the critical path:
 //
 //	            ┌ sign precertificate ┐                ┌ sign certificate ┐
-//	TBS, lints ─┤                     ├─ SCT is ours? ─┤                  ├─ release
-//	            └ SCT (CT key)        ┘                └ leaf durable     ┘
+//	TBS, lints ─┤                     ├─ SCT is ours? ─┼ leaf durable     ┼─ release
+//	            └ SCT (CT key)        ┘                └ record durable   ┘
 //
 // With a log elsewhere (Submitter) the log sees the precertificate before it
 // gives an SCT, so the steps follow one another: precertificate → SCT, which is
@@ -20,9 +20,12 @@
 //   - The hardware signs only what the profile has linted, and only within the
 //     validity of every certificate of the CA's chain.
 //   - A certificate leaves only when its precertificate is a durable leaf of
-//     the log and its SCT is for this certificate. When either fails, what was
-//     signed is dropped and never sent. Of a log elsewhere the CA knows only
-//     its signed promise, the SCT.
+//     the log, its SCT is for this certificate, and the audit holds a durable
+//     record of it. When one fails, what was signed is dropped and never sent,
+//     and the audit says so. Of a log elsewhere the CA knows only its signed
+//     promise, the SCT.
+//   - Every decision about an identity, yes or no, is in the audit; of requests
+//     without a valid token as many as the audit takes.
 //   - At most MaxConcurrent requests are in work; the next gets ErrBusy at
 //     once.
 //
@@ -45,7 +48,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/chancery-ca/chancery/ca/audit"
 	"github.com/chancery-ca/chancery/ca/identity"
+	"github.com/chancery-ca/chancery/ca/policy"
 	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -60,6 +65,8 @@ var (
 	ErrUnavailable = errors.New("certificate authority not available")
 	// ErrIdentity: the identity or the key cannot be put into a certificate.
 	ErrIdentity = errors.New("certificate cannot carry this identity or key")
+	// ErrPolicy: the policy does not allow the certificate.
+	ErrPolicy = errors.New("policy does not allow this certificate")
 	// ErrCA: the certificate could not be built or signed.
 	ErrCA = errors.New("certificate not signed")
 	// ErrLog: the certificate could not be entered in the log.
@@ -125,6 +132,13 @@ type Config struct {
 	// Lifetime is notAfter − notBefore, whole seconds, at most
 	// profile.MaxLifetime; 0 is DefaultLifetime.
 	Lifetime time.Duration
+	// Policy decides who may have a certificate; nil allows every identity.
+	Policy *policy.Policy
+	// Uses counts the uses of tokens; nil counts none, and their limits are
+	// not kept.
+	Uses *identity.Uses
+	// Audit records every decision; nil records none.
+	Audit *audit.Log
 	// MaxConcurrent bounds the requests in work; 0 is DefaultMaxConcurrent.
 	MaxConcurrent int
 	// Logger may be nil.
@@ -143,6 +157,9 @@ type Authority struct {
 // Request is who gets a certificate for which key. The caller has verified
 // both.
 type Request struct {
+	// ID is the name under which log and audit have the request. It may be
+	// empty.
+	ID        string
 	Principal *identity.Principal
 	Public    crypto.PublicKey
 }
@@ -251,21 +268,36 @@ func encodePEM(der []byte) string {
 func (a *Authority) ChainPEM() []string { return a.chainPEM }
 
 // Issue makes one certificate. Errors: ErrBusy, ErrUnavailable, ErrIdentity,
-// ErrCA, ErrLog; nothing was released with any of them.
-//
-// Who may have which certificate is decided between admit and prepare, and a
-// record of the decision becomes durable beside the log's leaf, in seal.
+// ErrPolicy, identity.ErrUsed, ErrCA, ErrLog; nothing was released with any of
+// them.
 func (a *Authority) Issue(ctx context.Context, req Request) (*Certificate, error) {
 	if err := a.admit(); err != nil {
 		return nil, err
 	}
 	defer a.leave()
-	leaf, err := a.prepare(req)
+	granted, err := a.decide(req)
+	if err != nil {
+		a.refuse(granted.record, err, true)
+		return nil, err
+	}
+	cert, err := a.issue(ctx, req, granted)
+	if err != nil {
+		a.withdraw(granted, req, err)
+		return nil, err
+	}
+	a.note(audit.Record{Type: audit.TypeIssued, Request: req.ID, Serial: cert.Serial, LogIndex: cert.LogIndex})
+	return cert, nil
+}
+
+// issue is the way from a decision to a certificate.
+func (a *Authority) issue(ctx context.Context, req Request, granted *grant) (*Certificate, error) {
+	leaf, err := a.prepare(req, granted.lifetime)
 	if err != nil {
 		return nil, err
 	}
+	granted.record.Serial = leaf.Serial().Text(16)
 	if a.cfg.Submitter != nil {
-		der, err := a.submit(ctx, leaf)
+		der, err := a.submit(ctx, leaf, granted)
 		if err != nil {
 			return nil, err
 		}
@@ -275,7 +307,7 @@ func (a *Authority) Issue(ctx context.Context, req Request) (*Certificate, error
 	if err != nil {
 		return nil, err
 	}
-	der, index, err := a.seal(ctx, leaf, precert, promise)
+	der, index, err := a.seal(ctx, leaf, precert, promise, granted)
 	if err != nil {
 		return nil, err
 	}
@@ -295,16 +327,13 @@ func (a *Authority) admit() error {
 func (a *Authority) leave() { <-a.slots }
 
 // prepare builds and lints the certificate: everything that needs no hardware.
-func (a *Authority) prepare(req Request) (*profile.Leaf, error) {
-	if req.Principal == nil {
-		return nil, fmt.Errorf("%w: no principal", ErrIdentity)
-	}
+func (a *Authority) prepare(req Request, lifetime time.Duration) (*profile.Leaf, error) {
 	now, err := a.cfg.Now()
 	if err != nil {
 		return nil, fmt.Errorf("read clock: %w: %w", ErrUnavailable, err)
 	}
 	start := now.UTC().Truncate(time.Second)
-	end := start.Add(a.cfg.Lifetime)
+	end := start.Add(lifetime)
 	if err := a.checkWindow(start, end); err != nil {
 		return nil, err
 	}
@@ -337,7 +366,7 @@ func (a *Authority) checkWindow(start, end time.Time) error {
 
 // precertify has the precertificate and the SCT signed, at the same time.
 func (a *Authority) precertify(ctx context.Context, leaf *profile.Leaf) (precert []byte, promise Promise, err error) {
-	err = both(ctx,
+	err = together(ctx,
 		func(ctx context.Context) error {
 			der, err := leaf.SignPrecertificate(ctx, a.cfg.Key)
 			if err != nil {
@@ -357,23 +386,19 @@ func (a *Authority) precertify(ctx context.Context, leaf *profile.Leaf) (precert
 	return precert, promise, err
 }
 
-// seal checks the SCT, and has the certificate signed and the leaf made
-// durable at the same time. It returns only when both are done.
-func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte, promise Promise) (der []byte, index uint64, err error) {
+// seal checks the SCT, and has the certificate signed, the leaf made durable
+// and the decision recorded at the same time. It returns only when all are done.
+func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte, promise Promise, granted *grant) (der []byte, index uint64, err error) {
 	sct := promise.SCT()
 	if a.cfg.LogKey != nil {
 		if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
 			return nil, 0, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
 		}
 	}
-	err = both(ctx,
-		func(ctx context.Context) error {
-			final, err := leaf.SignFinal(ctx, a.cfg.Key, sct)
-			if err != nil {
-				return fmt.Errorf("sign certificate: %w", classify(ErrCA, err))
-			}
-			der = final
-			return nil
+	err = together(ctx,
+		func(ctx context.Context) (err error) {
+			der, err = a.signFinal(ctx, leaf, sct)
+			return err
 		},
 		func(ctx context.Context) error {
 			i, err := promise.Commit(ctx, precert, a.chainDER)
@@ -382,13 +407,22 @@ func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte
 			}
 			index = i
 			return nil
-		})
+		},
+		func(ctx context.Context) error { return a.allow(ctx, granted) })
 	return der, index, err
+}
+
+func (a *Authority) signFinal(ctx context.Context, leaf *profile.Leaf, sct []byte) ([]byte, error) {
+	der, err := leaf.SignFinal(ctx, a.cfg.Key, sct)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate: %w", classify(ErrCA, err))
+	}
+	return der, nil
 }
 
 // submit has the precertificate signed, gets an SCT for it from a log
 // elsewhere, and has the certificate signed only when that SCT verifies.
-func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf) (der []byte, err error) {
+func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf, granted *grant) (der []byte, err error) {
 	precert, err := leaf.SignPrecertificate(ctx, a.cfg.Key)
 	if err != nil {
 		return nil, fmt.Errorf("sign precertificate: %w", classify(ErrCA, err))
@@ -400,10 +434,13 @@ func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf) (der []byte,
 	if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
 		return nil, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
 	}
-	if der, err = leaf.SignFinal(ctx, a.cfg.Key, sct); err != nil {
-		return nil, fmt.Errorf("sign certificate: %w", classify(ErrCA, err))
-	}
-	return der, nil
+	err = together(ctx,
+		func(ctx context.Context) (err error) {
+			der, err = a.signFinal(ctx, leaf, sct)
+			return err
+		},
+		func(ctx context.Context) error { return a.allow(ctx, granted) })
+	return der, err
 }
 
 func (a *Authority) certificate(leaf *profile.Leaf, der []byte, index *uint64) *Certificate {
@@ -419,7 +456,7 @@ func classify(kind, err error) error {
 	switch {
 	case errors.Is(err, ErrBusy), errors.Is(err, ErrUnavailable):
 		return err
-	case errors.Is(err, hsm.ErrBusy):
+	case errors.Is(err, hsm.ErrBusy), errors.Is(err, audit.ErrBusy):
 		return fmt.Errorf("%w: %w", ErrBusy, err)
 	case errors.Is(err, hsm.ErrLost), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -427,9 +464,9 @@ func classify(kind, err error) error {
 	return fmt.Errorf("%w: %w", kind, err)
 }
 
-// both runs a here and b beside it, and waits for both. The first error ends
-// the other's context and is returned.
-func both(ctx context.Context, a, b func(context.Context) error) error {
+// together runs the first function here and the others beside it, and waits for
+// all. The first error ends the others' context and is returned.
+func together(ctx context.Context, here func(context.Context) error, others ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var first error
@@ -440,8 +477,10 @@ func both(ctx context.Context, a, b func(context.Context) error) error {
 		}
 	}
 	var beside sync.WaitGroup
-	beside.Go(func() { run(b) })
-	run(a)
+	for _, f := range others {
+		beside.Go(func() { run(f) })
+	}
+	run(here)
 	beside.Wait()
 	return first
 }

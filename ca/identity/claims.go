@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -118,6 +119,31 @@ func (c claims) nested(path string) string {
 	}
 	object, _ := c[name].(map[string]any)
 	return claims(object).nested(rest)
+}
+
+// values returns a claim, by its name or by a path as in nested, as texts.
+func (c claims) values(path string) []string {
+	name, rest, deeper := strings.Cut(path, ">")
+	if deeper {
+		object, _ := c[name].(map[string]any)
+		return claims(object).values(rest)
+	}
+	list, ok := c[name].([]any)
+	if !ok {
+		list = []any{c[name]}
+	}
+	var out []string
+	for _, v := range list {
+		switch v := v.(type) {
+		case string:
+			out = append(out, v)
+		case json.Number:
+			out = append(out, v.String())
+		case bool:
+			out = append(out, strconv.FormatBool(v))
+		}
+	}
+	return out
 }
 
 // time reads a NumericDate (RFC 7519, Section 2), whole seconds kept.

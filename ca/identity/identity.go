@@ -69,6 +69,16 @@ type Principal struct {
 	Issuer, Subject string
 	// Token stands for the token itself, to count its uses.
 	Token TokenUse
+
+	claims claims // for Claim
+}
+
+// Claim returns the values of a claim of the token as texts: one of a string,
+// number or boolean, each element's of a list, none of a claim that is missing,
+// null or an object. The names of objects and a claim in them are joined by >.
+// It is for the policy alone: claims go into no log, audit or answer.
+func (p *Principal) Claim(path string) []string {
+	return p.claims.values(path)
 }
 
 // Options are what the verifier needs beside the issuers.

@@ -283,7 +283,7 @@ func (k kind) principal(issuer Issuer, c claims) (*Principal, error) {
 			return nil, err
 		}
 	}
-	p := &Principal{Issuer: c.text("iss"), Subject: c.text("sub"), Challenges: k.challenges(issuer, c)}
+	p := &Principal{Issuer: c.text("iss"), Subject: c.text("sub"), Challenges: k.challenges(issuer, c), claims: c}
 	if !plain(p.Subject) {
 		return nil, fmt.Errorf("%w: claim sub is too long or not plain text", ErrMapping)
 	}

@@ -42,6 +42,8 @@ var failures = []struct {
 	err error
 	failure
 }{
+	{identity.ErrUsed, failure{http.StatusBadRequest, codes.InvalidArgument, "There was an error processing the identity token", 0}},
+	{ca.ErrPolicy, failure{http.StatusForbidden, codes.PermissionDenied, "The policy of this certificate authority does not allow this certificate", 0}},
 	{identity.ErrToken, failure{http.StatusBadRequest, codes.InvalidArgument, "There was an error processing the identity token", 0}},
 	{identity.ErrCSR, failure{http.StatusBadRequest, codes.InvalidArgument, "The certificate signing request could not be parsed", 0}},
 	{identity.ErrPublicKey, failure{http.StatusBadRequest, codes.InvalidArgument, "The public key supplied in the request could not be parsed", 0}},

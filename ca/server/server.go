@@ -202,13 +202,15 @@ func (s *Server) issue(ctx context.Context, id, token string, msg *fulcio.Create
 	defer cancel()
 	principal, err := s.cfg.Identity.Verify(ctx, token)
 	if err != nil {
+		s.cfg.Authority.Refused(id, nil, err)
 		return nil, err
 	}
 	public, err := provedKey(msg, principal)
 	if err != nil {
+		s.cfg.Authority.Refused(id, principal, err)
 		return nil, err
 	}
-	cert, err := s.cfg.Authority.Issue(ctx, ca.Request{Principal: principal, Public: public})
+	cert, err := s.cfg.Authority.Issue(ctx, ca.Request{ID: id, Principal: principal, Public: public})
 	if err != nil {
 		return nil, err
 	}
