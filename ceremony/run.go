@@ -257,9 +257,8 @@ func (w Window) check(t time.Time) error {
 func (r *run) open() error {
 	path := filepath.Join(r.opts.Dir, TranscriptName)
 	_, err := os.Lstat(path)
-	exists := !errors.Is(err, fs.ErrNotExist)
-	switch {
-	case exists && !r.opts.Resume:
+	switch exists := !errors.Is(err, fs.ErrNotExist); {
+	case exists && !r.opts.Resume && begun(path):
 		return fmt.Errorf("%s: %w", TranscriptName, ErrOutputExists)
 	case exists:
 		return r.reopen(path)
@@ -275,6 +274,14 @@ func (r *run) open() error {
 	}
 	r.transcript, err = CreateTranscript(path, r.def.ID, r.now)
 	return err
+}
+
+// begun says whether there is more in the transcript than a kill before the
+// end of its first record leaves: nobody has acted upon that, so a ceremony can
+// begin in its place.
+func begun(path string) bool {
+	_, err := readTranscriptFile(path)
+	return !errors.Is(err, errEmpty)
 }
 
 // checkFresh wants nothing in the folder but what a kill before the first
@@ -314,7 +321,11 @@ func (r *run) reopen(path string) error {
 		return err
 	}
 	r.transcript = t
-	if err := r.facts.replay(t.Records()); err != nil {
+	err = r.facts.replay(t.Records())
+	if err == nil { // a kill before the first record can leave half of it
+		err = newFile(definitionName, r.def.source).write(r.opts.Dir)
+	}
+	if err != nil {
 		return errors.Join(err, t.Close())
 	}
 	return nil

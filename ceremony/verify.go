@@ -218,11 +218,11 @@ func readTranscriptFile(path string) ([]Record, error) {
 	}
 	defer f.Close()
 	records, err := ReadTranscript(f)
-	if err != nil {
-		return records, err
-	}
-	if len(records) == 0 {
+	switch {
+	case len(records) == 0 && (err == nil || errors.Is(err, ErrTorn)):
 		return nil, errEmpty
+	case err != nil:
+		return records, err
 	}
 	return records, nil
 }
