@@ -3,6 +3,7 @@ package ceremony
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -10,8 +11,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/chancery-ca/chancery/ceremony/internal/sshsig"
 	"github.com/chancery-ca/chancery/ceremony/trust"
-
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -208,6 +209,14 @@ func TestParseDefinitionRefuses(t *testing.T) {
 		{"outputs absolute", "dir: out", "dir: /etc", "stays inside"},
 		{"outputs through a parent", "dir: out", "dir: a/../../out", "stays inside"},
 		{"outputs nowhere", "dir: out", "dir: \"\"", "stays inside"},
+		{"module hash in capitals", "aabbccddeeff00112233445566778899aabbccddeeff", "AABBCCDDEEFF00112233445566778899aabbccddeeff", "lower case"},
+		{"no administrator in production", "role: administrator", "role: operator", "needs an administrator"},
+		{"no quorum of witnesses in production", "quorum: {witness: 2}", "quorum: {administrator: 1}", "quorum of witnesses"},
+		{"two people with one key", "AAAAC3NzaC1lZDI1NTE5AAAAIKdLtULqaJrCKcN1s18Ekgy7f0fPAW+DglQ4bxQFvLn3", "AAAAC3NzaC1lZDI1NTE5AAAAIKI8fjMX41bmQvzEgJin/uQrm9Da1QTNBIu0yyKUcqZh", "one key"},
+		{"person's key of another type", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKdLtULqaJrCKcN1s18Ekgy7f0fPAW+DglQ4bxQFvLn3", "ssh-rsa AAAA", "ssh-ed25519"},
+		{"too many people", "people:", "people:\n" + crowd(40), "at most"},
+		{"PIN in five parts", "must-be-empty: true}", "must-be-empty: true, pin-parts: 5}", "pin-parts"},
+		{"PIN in fewer than no parts", "must-be-empty: true}", "must-be-empty: true, pin-parts: -1}", "pin-parts"},
 		{"tuf threshold", "threshold: 2", "threshold: 3", "threshold"},
 		{"tuf expiry", "root-expires: 1y", "root-expires: soon", "root-expires"},
 		{"tuf custodian twice", "id: c2", "id: c1", "twice"},
@@ -228,6 +237,45 @@ func TestParseDefinitionRefuses(t *testing.T) {
 			}
 			t.Errorf("error %q does not say %q", err, tc.want)
 		})
+	}
+}
+
+// crowd is a list of so many operators, each with a key of their own.
+func crowd(n int) string {
+	var b strings.Builder
+	for i := range n {
+		key, err := sshsig.NewPublicKey(bytes.Repeat([]byte{byte(i)}, 32))
+		if err != nil {
+			panic(err)
+		}
+		fmt.Fprintf(&b, "  - {id: o%d, role: operator, name: O, key: %q}\n", i, key)
+	}
+	return b.String()
+}
+
+// A definition for production can be rehearsed as it is: same words, other
+// names, any time.
+func TestRehearsal(t *testing.T) {
+	d, err := ParseDefinition([]byte(ceremonySpec))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := d.Rehearsal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Hash() != d.Hash() || r.Environment != Rehearsal || !r.Window.NotBefore.IsZero() || d.Environment != Production {
+		t.Errorf("rehearsal %+v of %+v", r.Environment, d.Environment)
+	}
+	if cn := r.CommonName(r.Certificates["root"].Subject); !strings.HasPrefix(cn, RehearsalPrefix) {
+		t.Errorf("certifies %q", cn)
+	}
+	long := strings.Replace(ceremonySpec, "Acme Sigstore Root G1", strings.Repeat("x", 60), 1)
+	if d, err = ParseDefinition([]byte(long)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Rehearsal(); !errors.Is(err, ErrDefinition) {
+		t.Errorf("a name that the prefix makes too long: %v, want ErrDefinition", err)
 	}
 }
 

@@ -5,14 +5,21 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/goccy/go-yaml"
 )
 
+// ErrNotBegun: the ceremony was interrupted before its first record. Nothing
+// was done: it begins again, in the same folder, with Run or Rehearse.
+var ErrNotBegun = errors.New("nothing was recorded yet")
+
 // OpenFolder reads the definition of the ceremony whose outputs are in dir, in
-// the environment in which the ceremony runs.
+// the environment in which the ceremony runs. Errors: ErrNotBegun,
+// ErrDefinition, ErrTranscript.
 func OpenFolder(dir string) (*Definition, error) {
 	def, _, err := openFolder(dir)
 	return def, err
@@ -21,6 +28,10 @@ func OpenFolder(dir string) (*Definition, error) {
 func openFolder(dir string) (*Definition, []Record, error) {
 	source, err := readBounded(filepath.Join(dir, definitionName), MaxDefinition)
 	if err != nil {
+		_, transcript := os.Lstat(filepath.Join(dir, TranscriptName))
+		if errors.Is(err, fs.ErrNotExist) && errors.Is(transcript, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", ErrNotBegun, err)
+		}
 		return nil, nil, fmt.Errorf("read definition: %w", err)
 	}
 	def, err := ParseDefinition(source)
@@ -28,7 +39,10 @@ func openFolder(dir string) (*Definition, []Record, error) {
 		return nil, nil, err
 	}
 	records, err := readTranscriptFile(filepath.Join(dir, TranscriptName))
-	if err != nil && !errors.Is(err, ErrTorn) && !errors.Is(err, errEmpty) {
+	switch {
+	case errors.Is(err, errEmpty):
+		return nil, nil, ErrNotBegun
+	case err != nil && !errors.Is(err, ErrTorn):
 		return nil, nil, err
 	}
 	def, err = environmentOf(def, records)
@@ -87,9 +101,7 @@ func ReadStatus(dir string) (Status, error) {
 		ID: def.ID, Kind: def.Kind, Environment: def.Environment, Steps: f.plan, Done: f.next,
 		Records: len(records), Head: f.head, Ending: f.status, Quarantined: f.quarantined,
 		Keys: sorted(f.keys), Certificates: sorted(f.certs), Signed: signed, Waiting: []string{},
-	}
-	if len(records) > 0 {
-		s.Began, s.Last = records[0].Time, records[len(records)-1].Time
+		Began: records[0].Time, Last: records[len(records)-1].Time,
 	}
 	if f.next < len(f.plan) && f.plan[f.next].Kind == StepWitnesses {
 		for _, p := range f.expected() {

@@ -108,7 +108,7 @@ func (f *runFlags) start(cmd *cobra.Command, def *ceremony.Definition) error {
 		return err
 	}
 	if !f.resume {
-		if err := prepare(f.dir); err != nil {
+		if err := f.prepare(); err != nil {
 			return err
 		}
 	}
@@ -214,8 +214,10 @@ func (e *interrupted) Unwrap() error { return e.err }
 func (e *interrupted) hint() string {
 	state, err := ceremony.ReadStatus(e.out)
 	switch {
+	case errors.Is(err, ceremony.ErrNotBegun):
+		return "nothing was done; begin again with the same command"
 	case err != nil:
-		return "" // nothing was begun
+		return ""
 	case state.Ending != "":
 		return "the ceremony is over; its records are in " + e.out
 	case state.Quarantined != "":
@@ -228,16 +230,21 @@ func (e *interrupted) hint() string {
 	return fmt.Sprintf("nothing is lost; go on with: chancery-ceremony resume %s", e.out)
 }
 
-// prepare makes the folder; one that has something in it is refused.
-func prepare(dir string) error {
-	entries, err := os.ReadDir(dir)
-	switch {
-	case err == nil && len(entries) > 0:
-		return fmt.Errorf("folder %s is not empty: %w", dir, ceremony.ErrOutputExists)
-	case err != nil && !errors.Is(err, os.ErrNotExist):
+// prepare makes the folder. One that has something in it is refused, unless it
+// is what an interruption before the first record leaves.
+func (f *runFlags) prepare() error {
+	entries, err := os.ReadDir(f.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("open folder: %w", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	first, _, _ := strings.Cut(strings.TrimPrefix(filepath.ToSlash(f.out), filepath.ToSlash(f.dir)+"/"), "/")
+	_, begun := ceremony.OpenFolder(f.out)
+	for _, e := range entries {
+		if e.Name() != first || !errors.Is(begun, ceremony.ErrNotBegun) {
+			return fmt.Errorf("folder %s is not empty: %w", f.dir, ceremony.ErrOutputExists)
+		}
+	}
+	if err := os.MkdirAll(f.dir, 0o755); err != nil {
 		return fmt.Errorf("make folder: %w", err)
 	}
 	return nil

@@ -1,0 +1,106 @@
+//go:build cgo
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/chancery-ca/chancery/ceremony"
+)
+
+// A ceremony that is killed at an fsync, before the kernel has carried it out,
+// and resumed, ends with exactly one key for each name and with outputs that
+// verify. CHANCERY_FAULTS=all kills at every one; without it, at a few.
+func TestKilledAtFsync(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		t.Skip("strace is not installed")
+	}
+	r := newRoom(t, nil)
+	if out, err := r.command("plan", r.def).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	probe := exec.CommandContext(t.Context(), "strace", "-f", "-o", "/dev/null", "true")
+	if out, err := probe.CombinedOutput(); err != nil {
+		t.Skipf("strace does not work here: %v %s", err, out)
+	}
+	at := func(n int) int { return n * (n + 1) / 2 } // 1, 3, 6, 10, …
+	limit := 6
+	if os.Getenv("CHANCERY_FAULTS") == "all" {
+		at, limit = func(n int) int { return n }, 1000
+	}
+	for i := 1; i <= limit; i++ {
+		if !killedAt(t, r, at(i)) {
+			if i < 5 {
+				t.Errorf("only %d kills", i-1)
+			}
+			return
+		}
+	}
+}
+
+// killedAt kills a rehearsal at its n-th fsync, resumes it and checks what came
+// of it. It returns false if the rehearsal ended before.
+func killedAt(t *testing.T, r *room, n int) bool {
+	t.Helper()
+	dir := filepath.Join(r.dir, fmt.Sprintf("kill-%d", n))
+	cmd := exec.CommandContext(t.Context(), "strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync",
+		"-e", fmt.Sprintf("inject=fsync:signal=SIGKILL:when=%d", n), r.bin, "rehearse", r.def, "--dir", dir)
+	cmd.Dir, cmd.Env = r.dir, append(r.env, "GOMAXPROCS=1")
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return false
+	}
+	outputs := filepath.Join(dir, "out")
+	args := []string{"resume", outputs}
+	if _, err := ceremony.OpenFolder(outputs); errors.Is(err, ceremony.ErrNotBegun) {
+		args = []string{"rehearse", r.def, "--dir", dir} // it begins again
+	}
+	if again, err := r.command(args...).CombinedOutput(); err != nil {
+		if bytes.Contains(again, []byte(ceremony.ErrStopped.Error())) && bytes.Contains(again, []byte("abort")) {
+			t.Logf("kill %d: half a pair was left: in quarantine", n)
+			return true
+		}
+		t.Errorf("killed at fsync %d:\n%s\nresume: %v\n%s", n, out, err, again)
+		return true
+	}
+	if err := ceremony.Verify(outputs).Err(); err != nil {
+		t.Errorf("killed at fsync %d: %v", n, err)
+	}
+	objects, err := filepath.Glob(filepath.Join(dir, tokensFolder, "tokens", "*", "*.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const tokens, keys = 2, 6 // a token has an object of its own, a key two
+	if len(objects) != tokens+2*keys {
+		t.Errorf("killed at fsync %d: %d objects in the tokens, want %d", n, len(objects), tokens+2*keys)
+	}
+	return true
+}
+
+// A run that finds another definition than the one that was planned is refused
+// by everyone's paper (see TestProductionRefused), and a resumed one by the
+// transcript.
+func TestDefinitionChanged(t *testing.T) {
+	r := newRoom(t, nil)
+	d := r.run()
+	r.arrive(d, "ca1", "w1", "w2")
+	d.wait(`as\s+HH:MM: `)
+	d.interrupt()
+	d.exit()
+	copied := filepath.Join(r.out(), "definition.yaml")
+	text := strings.Replace(r.read(copied), "years: 10", "years: 20", 1)
+	if err := os.WriteFile(copied, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := r.command("resume", r.out()).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("not the one that the ceremony began with")) {
+		t.Errorf("resume: %v\n%s", err, out)
+	}
+}
