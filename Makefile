@@ -57,7 +57,7 @@ $(SIGSTORE_JS):
 test-clients: deps $(COSIGN) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) ## sign and verify with unmodified cosign, sigstore-python and sigstore-js
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_SIGSTORE_PYTHON=$(abspath $(SIGSTORE_PY)) \
 	  CHANCERY_SIGSTORE_JS=$(if $(shell command -v npm),$(abspath $(SIGSTORE_JS))) \
-	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestPython|TestJavaScript' -v ./test
+	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestCeremonyTUF|TestPython|TestJavaScript' -v ./test
 
 $(LINT):
 	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_V)

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -287,4 +288,85 @@ func TestCosignTUF(t *testing.T) {
 	if r := command(t, stranger, path, "initialize", "--mirror", d.url+"/tuf", "--root", c.file("root.json", string(root))); r.code == 0 {
 		t.Error("cosign took a mirror with another root")
 	}
+}
+
+// TestCeremonyTUF: the outputs of a ceremony with custodians, as they are, in
+// the trust folder of a service: clients learn of everything by TUF.
+func TestCeremonyTUF(t *testing.T) {
+	needSoftHSM(t)
+	s, idp := newSite(t), startProvider(t)
+	s.issuer = idp.Issuer()
+	definition := string(mustRead(t, "../config/example/genesis.yaml"))
+	for _, r := range [][2]string{
+		{"url: https://sig.acme.example", "url: " + s.url}, {"ct2026}", "ct1}"}, {"log2026-1}", "log1}"},
+		{"[https://login.acme.example]", "[" + s.issuer + "]"},
+		{"\ncertificates:", "\n  tuf-online: {token: online, alg: ecdsa-p256}\ncertificates:"},
+	} {
+		if !strings.Contains(definition, r[0]) {
+			t.Fatalf("the example has no %q", r[0])
+		}
+		definition = strings.Replace(definition, r[0], r[1], 1)
+	}
+	definition += "tuf:\n  threshold: 2\n  root-expires: 1y\n  timestamp-expires: 7d\n  custodians:\n"
+	for i := 1; i <= 3; i++ {
+		definition += fmt.Sprintf("    - {id: c%d, key: \"pkcs11:token=c%d;object=tuf\", spki-sha256: \"%064x\"}\n", i, i, i)
+	}
+	file, practice := filepath.Join(t.TempDir(), "genesis.yaml"), filepath.Join(t.TempDir(), "practice")
+	if err := os.WriteFile(file, []byte(definition), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	must(t, nil, binary(t, "chancery-ceremony"), "rehearse", file, "--dir", practice)
+	s.env = []string{"SOFTHSM2_CONF=" + filepath.Join(practice, "tokens", "softhsm2.conf")}
+	out := filepath.Join(practice, "out")
+	s.write(t, map[string]any{
+		"version": 1, "url": s.url, "listen": strings.TrimPrefix(s.url, "https://"),
+		"tls":   map[string]any{"certificate": s.path("tls", "server.pem"), "key": s.path("tls", "server.key")},
+		"state": s.path("serve-state"), "trust": out,
+		"tokens": map[string]any{"online": map[string]any{"pin": "file:" + filepath.Join(practice, "pins", "online")}},
+		"ca": map[string]any{
+			"private-networks": []string{"127.0.0.0/8"},
+			"oidc-issuers": map[string]any{s.issuer: map[string]any{
+				"issuer-url": s.issuer, "client-id": "sigstore", "type": "email", "ca-cert": idp.ca,
+			}},
+		},
+		"ct": map[string]any{"shard": "ct1"}, "rekor": map[string]any{"shard": "log1"},
+	})
+	must(t, s.env, binary(t, "chancery"), "init", "--config", s.config)
+	stop := s.serve()
+	defer stop()
+	root := filepath.Join(out, "tuf", "1.root.json")
+
+	t.Run("sigstore-go", func(t *testing.T) {
+		f := fetcher.NewDefaultFetcher()
+		f.SetHTTPClient(s.http)
+		client, err := sigstoretuf.New((&sigstoretuf.Options{
+			Root: mustRead(t, root), RepositoryBaseURL: s.url + "/tuf", CachePath: t.TempDir(), Fetcher: f,
+		}).WithContext(context.Background()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{tuf.TrustedRootTarget, tuf.SigningConfigTarget} {
+			if got, err := client.GetTarget(name); err != nil || !bytes.Equal(got, mustRead(t, filepath.Join(out, name))) {
+				t.Errorf("%s: %d octets, %v", name, len(got), err)
+			}
+		}
+	})
+	t.Run("cosign", func(t *testing.T) {
+		path, home := cosign(t), t.TempDir()
+		token, err := idp.Token(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		artefact, idToken, bundle := filepath.Join(home, "artefact"), filepath.Join(home, "token"), filepath.Join(home, "bundle.json")
+		for name, content := range map[string]string{artefact: "from a ceremony\n", idToken: token} {
+			if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		env := []string{"SSL_CERT_FILE=" + s.path("tls-ca.pem"), "HOME=" + home, "DOCKER_CONFIG=" + home, "TUF_ROOT=" + filepath.Join(home, "tuf"),
+			"COSIGN_EXPERIMENTAL=", "SIGSTORE_ID_TOKEN="}
+		must(t, env, path, "initialize", "--mirror", s.url+"/tuf", "--root", root)
+		must(t, env, path, "sign-blob", artefact, "--bundle", bundle, "--identity-token", idToken, "--yes")
+		must(t, env, path, "verify-blob", artefact, "--bundle", bundle, "--certificate-identity", user, "--certificate-oidc-issuer", s.issuer)
+	})
 }
