@@ -717,14 +717,21 @@ func (f *facts) tufFiles() ([]File, error) {
 	if f.def.TUF == nil {
 		return nil, nil
 	}
-	if f.tuf.repository == nil {
+	repository := f.tuf.repository
+	if repository == nil && f.def.machine == Offline {
+		var err error
+		if repository, err = f.offlineRepository(); err != nil {
+			return nil, err
+		}
+	}
+	if repository == nil {
 		return nil, fmt.Errorf("%w: the TUF repository is missing", ErrTranscript)
 	}
 	files, err := f.draftFiles()
 	if err != nil {
 		return nil, err
 	}
-	for _, file := range f.tuf.repository.Files() {
+	for _, file := range repository.Files() {
 		files = append(files, newFile(tufFolder+file.Name, file.Content))
 	}
 	return files, nil

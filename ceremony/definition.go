@@ -79,8 +79,9 @@ type Definition struct {
 	Service      Service                `yaml:"service"`
 	Outputs      Outputs                `yaml:"outputs"`
 
-	source []byte
-	uses   map[string]use // by key name; made by validate
+	source  []byte
+	machine Machine        // whose part it is, see On
+	uses    map[string]use // by key name; made by validate
 }
 
 // Source returns the octets that were parsed. Their SHA-256 is what people
@@ -149,6 +150,8 @@ type Token struct {
 	// AcceptSoftware lets a production ceremony use a token that is known to be
 	// software. Everyone reads it aloud.
 	AcceptSoftware bool `yaml:"accept-software"`
+	// Machine says on which of two machines the token is; "" when there is one.
+	Machine Machine `yaml:"machine"`
 	// PINParts is how many people type a part of the PIN, one after the other;
 	// 0 means 1.
 	PINParts int `yaml:"pin-parts"`

@@ -107,7 +107,7 @@ func (r *run) entropy(ctx context.Context, s Step) error {
 }
 
 // entropyToken is whose random numbers take part: the root's.
-func (f *facts) entropyToken() string { return f.def.Keys[f.def.keyOfRole(hsm.RoleRoot)].Token }
+func (f *facts) entropyToken() string { return f.def.entropyToken() }
 
 func (r *run) deviceShare(ctx context.Context, tok hsm.Token) ([]byte, error) {
 	ctx, cancel := device(ctx)

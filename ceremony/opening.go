@@ -18,7 +18,7 @@ func (r *run) begin(ctx context.Context, s Step) error {
 	h := r.def.Hash()
 	data := openData{
 		Definition: hex.EncodeToString(h[:]), Kind: r.def.Kind, Environment: r.def.Environment,
-		GoVersion: runtime.Version(), Modules: map[string]string{},
+		Machine: r.def.machine, GoVersion: runtime.Version(), Modules: map[string]string{},
 	}
 	var err error
 	if r.opts.Binary != "" {
@@ -27,7 +27,7 @@ func (r *run) begin(ctx context.Context, s Step) error {
 		}
 	}
 	if r.def.Environment == Production { // a rehearsal loads its own
-		for _, name := range sorted(r.def.Modules) {
+		for _, name := range r.def.modulesHere() {
 			if data.Modules[name], err = hashFile(r.def.Modules[name].Path); err != nil {
 				return fmt.Errorf("hash module %s: %w", name, err)
 			}
@@ -232,17 +232,17 @@ func (f *facts) takeOpen(rec *Record, _ Step) error {
 	if h := f.def.Hash(); d.Definition != hex.EncodeToString(h[:]) {
 		return bad(rec, "%w: not the one that the ceremony began with", ErrDefinition)
 	}
-	if rec.Ceremony != f.def.ID || d.Kind != f.def.Kind || d.Environment != f.def.Environment {
-		return bad(rec, "id, kind or environment is not the definition's")
+	if rec.Ceremony != f.def.ID || d.Kind != f.def.Kind || d.Environment != f.def.Environment || d.Machine != f.def.machine {
+		return bad(rec, "id, kind, environment or machine is not the definition's")
 	}
 	if f.def.Environment == Production {
-		for name, m := range f.def.Modules {
-			if d.Modules[name] != m.SHA256 {
+		for _, name := range f.def.modulesHere() {
+			if d.Modules[name] != f.def.Modules[name].SHA256 {
 				return bad(rec, "module %s: %w", name, ErrModule)
 			}
 		}
 	}
-	f.openedAt, f.binary = rec.Time, d.Binary
+	f.openedAt, f.since, f.binary = rec.Time, rec.Time, d.Binary
 	return nil
 }
 

@@ -96,7 +96,7 @@ func (f *facts) outputFiles() ([]File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append([]File{newFile(definitionName, f.def.source)}, files...), nil
+	return slices.Concat([]File{newFile(definitionName, f.def.source)}, files, f.exchangeFiles()), nil
 }
 
 // allFiles makes every file of a ceremony that is over. An aborted one has no
@@ -188,13 +188,19 @@ func (f *facts) genesisFiles() ([]File, error) {
 func (f *facts) evidenceFiles() ([]File, error) {
 	var files []File
 	for _, name := range sorted(f.keys) {
-		raw, err := json.MarshalIndent(f.keys[name].evidence, "", "  ")
+		raw, err := evidenceJSON(f.keys[name].evidence)
 		if err != nil {
 			return nil, fmt.Errorf("encode evidence of %s: %w", name, err)
 		}
-		files = append(files, newFile(evidenceFolder+name+".json", append(raw, '\n')))
+		files = append(files, newFile(evidenceFolder+name+".json", raw))
 	}
 	return files, nil
+}
+
+// evidenceJSON is evidence as a file.
+func evidenceJSON(e hsm.Evidence) ([]byte, error) {
+	raw, err := json.MarshalIndent(e, "", "  ")
+	return append(raw, '\n'), err
 }
 
 func certificatePEM(certs ...*x509.Certificate) []byte {
@@ -304,7 +310,7 @@ func (f *facts) trustedRoot(root, inter, tsaRoot, tsa *x509.Certificate) (trust.
 		}
 		log := trust.Log{
 			BaseURL: d.LogURL(l.role), PublicKey: pub,
-			Validity: trust.Validity{Start: f.openedAt.Truncate(time.Second)},
+			Validity: trust.Validity{Start: f.since.Truncate(time.Second)},
 		}
 		if l.role == hsm.RoleCT {
 			tr.CTLogs = append(tr.CTLogs, log)
@@ -331,7 +337,7 @@ func authority(uri string, leaf, root *x509.Certificate) trust.Authority {
 func (f *facts) signingConfig(inter *x509.Certificate) trust.SigningConfig {
 	d := f.def
 	operator := d.Certificates[d.certificateOfKind(profile.Root)].Subject.Organization
-	start := f.openedAt.Truncate(time.Second)
+	start := f.since.Truncate(time.Second)
 	at := func(url string, version uint32, start time.Time) trust.Service {
 		return trust.Service{URL: url, MajorAPIVersion: version, Operator: operator, Validity: trust.Validity{Start: start}}
 	}

@@ -69,6 +69,10 @@ func actionOf(kind StepKind) (action, error) {
 		return action{(*run).key, (*facts).takeKey}, nil
 	case StepCertificate:
 		return action{(*run).certificate, (*facts).takeCertificate}, nil
+	case StepRequest:
+		return action{(*run).request, (*facts).takeRequest}, nil
+	case StepImport:
+		return action{(*run).takeBundle, (*facts).takeImport}, nil
 	case StepCustodians:
 		return action{(*run).custodians, (*facts).takeCustodians}, nil
 	case StepTUF:
@@ -103,6 +107,8 @@ func (k StepKind) Stage() string {
 		return "Keys"
 	case StepCertificate:
 		return "Certificates"
+	case StepRequest, StepImport:
+		return "Exchange"
 	case StepCustodians, StepTUF, StepTUFOnline:
 		return "Custodians"
 	case StepOutputs:
@@ -138,6 +144,9 @@ func Plan(d *Definition) ([]Step, error) {
 	}
 	middle, err := kind.plan(d)
 	if err != nil {
+		return nil, err
+	}
+	if middle, err = d.here(middle); err != nil {
 		return nil, err
 	}
 	return slices.Concat(d.opening(), middle, d.closing()), nil

@@ -21,7 +21,8 @@ type openData struct {
 	Definition  string            `json:"definitionSHA256"`
 	Kind        Kind              `json:"kind"`
 	Environment Environment       `json:"environment"`
-	Binary      string            `json:"binarySHA256"` // "" when the caller named none
+	Binary      string            `json:"binarySHA256"`      // "" when the caller named none
+	Machine     Machine           `json:"machine,omitempty"` // of two
 	GoVersion   string            `json:"goVersion"`
 	Modules     map[string]string `json:"modulesSHA256"` // empty in a rehearsal
 }
@@ -206,6 +207,8 @@ type facts struct {
 	next int // the step in plan that is not done
 
 	openedAt                            time.Time
+	since                               time.Time // when what is made becomes valid: openedAt, of two machines the offline one's
+	exchange                            exchangeFacts
 	binary                              string
 	present                             map[string]bool          // people
 	watches                             map[string]bool          // people

@@ -65,6 +65,8 @@ type Options struct {
 	// by the id of the definition; nil for one who has not. The caller closes
 	// it. nil if all custodians sign elsewhere.
 	Custodian func(ctx context.Context, id string) (hsm.Key, error)
+	// Bundle is the path of the other machine's bundle, "" until it is there.
+	Bundle string
 	// People are asked and told. nil means Practice, in a rehearsal.
 	People People
 	// Dir is where the outputs go; it is made if it is not there. The caller
@@ -142,7 +144,7 @@ func Rehearse(ctx context.Context, def *Definition, opts Options) (*Result, erro
 //
 // Errors: ErrEnvironment, ErrNotInVersion, ErrOutputExists, ErrWindow,
 // ErrModule, ErrNotEmpty, ErrQuorum, ErrAnswer, ErrLive, ErrStopped,
-// ErrEntropy, ErrTranscript, ErrCustodians, ErrUnfinished, ErrDeclined, ErrAborted, and those
+// ErrEntropy, ErrTranscript, ErrCustodians, ErrMachine, ErrBundle, ErrUnfinished, ErrDeclined, ErrAborted, and those
 // of the tokens.
 func Run(ctx context.Context, def *Definition, opts Options) (*Result, error) {
 	r, err := newRun(def, opts)

@@ -48,6 +48,7 @@ func (d *Definition) validate() error {
 	d.checkPeople(&f)
 	d.checkTokens(&f)
 	d.checkKeys(&f)
+	d.checkMachines(&f)
 	d.checkCertificates(&f)
 	d.checkService(&f)
 	d.checkTUF(&f)

@@ -111,9 +111,12 @@ func environmentOf(def *Definition, records []Record) (*Definition, error) {
 		return nil, err
 	}
 	if first.Environment == Rehearsal {
-		return def.Rehearsal()
+		var err error
+		if def, err = def.Rehearsal(); err != nil {
+			return nil, err
+		}
 	}
-	return def, nil
+	return def.On(first.Machine)
 }
 
 // addFacts says what the records showed.
