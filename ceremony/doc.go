@@ -89,6 +89,6 @@
 //
 // # This version
 //
-// The kind genesis, without a TUF repository and backups. A definition may name
-// the rest; Plan then refuses it with ErrNotInVersion.
+// The kind genesis, without backups. A definition may name the rest; Plan then
+// refuses it with ErrNotInVersion.
 package ceremony
