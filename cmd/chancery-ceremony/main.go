@@ -7,8 +7,8 @@
 // mode 0400; they are in no argument, variable, output or record.
 //
 // plan, verify, status, sign and abort need no token; rehearse makes its own;
-// run and resume use those of the definition. Exchange between two machines
-// (export, import) has its place beside them.
+// run and resume use those of the definition, and so does import, which goes on
+// with what another machine has exported.
 //
 // Exit status: 0 done; 1 failed; 2 the command line is wrong; 77 a PIN or a
 // key's policy was refused, so that nothing must try again by itself.
@@ -27,6 +27,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/ceremony/bundle"
 	"github.com/chancery-ca/chancery/cmd/internal/memory"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -106,6 +107,7 @@ func hintFor(err error) string {
 		{errors.Is(err, errPINFile), "chmod 400, and no one else's file"},
 		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
 		{errors.Is(err, ceremony.ErrDefinition), "config/example/genesis.yaml explains every field"},
+		{errors.Is(err, bundle.ErrOther), "look at the label of the stick, and at the words on the other screen"},
 		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or go on with: chancery-ceremony resume OUTPUTS"},
 		{errors.Is(err, ceremony.ErrVerify), "do not use these files; compare with another copy"},
 	} {
@@ -130,7 +132,7 @@ It needs no network.`,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify())
+	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify(), newExport(), newImport())
 	for _, c := range append(root.Commands(), root) {
 		args := c.Args
 		c.Args = func(cmd *cobra.Command, given []string) error {

@@ -11,6 +11,7 @@ import (
 
 func newPlan() *cobra.Command {
 	var script, details bool
+	var machine machineFlag
 	cmd := &cobra.Command{
 		Use:   "plan DEFINITION",
 		Short: "Check a definition and print every step, without a token",
@@ -22,6 +23,9 @@ and lines for names and times.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			def, err := readDefinition(args[0])
 			if err != nil {
+				return err
+			}
+			if def, err = machine.part(def); err != nil {
 				return err
 			}
 			steps, err := ceremony.Plan(def)
@@ -43,6 +47,7 @@ and lines for names and times.`,
 			return p.err
 		},
 	}
+	machine.register(cmd)
 	cmd.Flags().BoolVar(&script, "script", false, "print the script for the people in the room")
 	cmd.Flags().BoolVar(&details, "details", false, "print what is known of each step")
 	return cmd
@@ -55,6 +60,9 @@ func printHead(p *printer, def *ceremony.Definition) {
 		p.line("")
 	}
 	p.field("Ceremony", def.ID+", "+string(def.Kind))
+	if m := def.Machine(); m != "" {
+		p.field("Machine", string(m))
+	}
 	p.hash("Definition", def.Hash())
 	p.line("")
 }

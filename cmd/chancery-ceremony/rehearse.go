@@ -39,6 +39,9 @@ mode 0400) and the definition's output folder.`,
 			if def, err = def.Rehearsal(); err != nil {
 				return err
 			}
+			if def, err = f.machine.part(def); err != nil {
+				return err
+			}
 			return f.start(cmd, def)
 		},
 	}

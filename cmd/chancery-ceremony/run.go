@@ -40,6 +40,9 @@ Interrupted at any point, it goes on with: chancery-ceremony resume DIR/out`,
 			if def.Environment != ceremony.Production {
 				return fmt.Errorf("run %s: environment is %s, not production: %w", def.ID, def.Environment, ceremony.ErrEnvironment)
 			}
+			if def, err = f.machine.part(def); err != nil {
+				return err
+			}
 			return f.start(cmd, def)
 		},
 	}
@@ -80,10 +83,13 @@ type runFlags struct {
 	pins    pinFiles
 	ask     bool
 	resume  bool
+	machine machineFlag
+	bundle  string // of the other machine
 }
 
 func (f *runFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.dir, "dir", "", "folder of the ceremony (default: its id)")
+	f.machine.register(cmd)
 	f.registerAnswers(cmd)
 }
 
@@ -187,7 +193,7 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 	}
 	opts := ceremony.Options{
 		Open: source.open, Inspect: source.inspect, People: people, Dir: f.out,
-		Now: clock, Binary: binary, Resume: f.resume, Progress: progress,
+		Now: clock, Binary: binary, Resume: f.resume, Progress: progress, Bundle: f.bundle,
 	}
 	custodians := f.custodians(source, def)
 	if custodians != nil {
@@ -224,6 +230,8 @@ func (e *interrupted) hint() string {
 		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s", e.out)
 	case errors.Is(e.err, ceremony.ErrCustodians):
 		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s", filepath.Join(e.out, "custodians"), e.out)
+	case errors.Is(e.err, ceremony.ErrBundle):
+		return fmt.Sprintf("when the other machine's is here: chancery-ceremony import %s BUNDLE", e.out)
 	case errors.Is(e.err, ceremony.ErrUnfinished):
 		return fmt.Sprintf("when a witness has signed: chancery-ceremony sign %s --as ID --signature FILE", e.out)
 	}
