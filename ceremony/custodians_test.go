@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -277,5 +279,111 @@ func must[T any](v T, err error) func(testing.TB) T {
 			t.Fatal(err)
 		}
 		return v
+	}
+}
+
+// TestCustodiansForged: a forger who changes what the records say of the
+// custodians, and seals the chain again, is found before the outputs follow.
+func TestCustodiansForged(t *testing.T) {
+	d := withTUF(t)
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Fatal(err)
+	}
+	records, err := readTranscriptFile(filepath.Join(opts.Dir, TranscriptName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := func(records []Record, step string, typ RecordType) int {
+		for i, r := range records {
+			if r.Step == step && r.Type == typ {
+				return i
+			}
+		}
+		t.Fatalf("no %s of %s", typ, step)
+		return 0
+	}
+	replaced := func(step string, typ RecordType, old, new string) func([]Record) []Record {
+		return func(r []Record) []Record {
+			at := &r[first(r, step, typ)]
+			data := strings.Replace(string(at.Data), old, new, 1)
+			if data == string(at.Data) {
+				t.Fatalf("record %d has no %q: %s", at.Seq, old, at.Data)
+			}
+			at.Data = []byte(data)
+			return r
+		}
+	}
+	other, err := x509.MarshalPKIXPublicKey(hsmtest.SoftwareKey(hsm.ECDSAP256).Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		change func([]Record) []Record
+		ok     bool
+	}{
+		{"nothing changed", func(r []Record) []Record { return r }, true},
+		{"another custodian's key", func(r []Record) []Record {
+			r[first(r, "custodians", Statement)].Data = fmt.Appendf(nil, `{"publicKey":"%s"}`, base64.StdEncoding.EncodeToString(other))
+			return r
+		}, false},
+		{"a custodian left out", func(r []Record) []Record { i := first(r, "custodians", Statement); return slices.Delete(r, i, i+1) }, false},
+		{"a custodian twice", func(r []Record) []Record { r[first(r, "custodians", Statement)+1].Actor = "c1"; return r }, false},
+		{"a stranger", func(r []Record) []Record { r[first(r, "custodians", Statement)].Actor = "c9"; return r }, false},
+		{"a witness as a custodian", func(r []Record) []Record { r[first(r, "custodians", Statement)].Actor = "w1"; return r }, false},
+		{"a custodian elsewhere", func(r []Record) []Record {
+			for i := range r {
+				if r[i].Type == Statement && r[i].Step == "people" {
+					r[i].Actor = "c1"
+					break
+				}
+			}
+			return r
+		}, false},
+		{"other custodians in the result", replaced("custodians", Done, `"c1"`, `"c2"`), false},
+		{"another root", replaced("tuf", Intent, `"rootSHA256":"`, `"rootSHA256":"0`), false},
+		{"another time", replaced("tuf", Intent, `T12:00:00Z`, `T11:59:59Z`), false},
+		{"a later time", replaced("tuf", Intent, `T12:00:00Z`, `T12:00:01Z`), false},
+		{"one for another", func(r []Record) []Record {
+			i := first(r, "tuf", Statement)
+			r[i].Actor, r[i+1].Actor = r[i+1].Actor, r[i].Actor
+			return r
+		}, false},
+		{"signatures swapped", func(r []Record) []Record {
+			i := first(r, "tuf", Statement)
+			r[i].Data = []byte(strings.NewReplacer(`"root"`, `"targets"`, `"targets"`, `"root"`).Replace(string(r[i].Data)))
+			return r
+		}, false},
+		{"one signature of two", func(r []Record) []Record {
+			i := first(r, "tuf", Statement)
+			r = slices.Delete(r, i, i+2)
+			return replaced("tuf", Done, `["c1","c2","c3"]`, `["c3"]`)(r)
+		}, false},
+		{"two signatures of two", func(r []Record) []Record {
+			i := first(r, "tuf", Statement)
+			r = slices.Delete(r, i, i+1)
+			return replaced("tuf", Done, `["c1","c2","c3"]`, `["c2","c3"]`)(r)
+		}, false}, // the snapshot names other targets
+		{"other names in the result", replaced("tuf", Done, `["c1","c2","c3"]`, `["c1","c2"]`), false},
+		{"the online part before the custodians'", replaced("tuf-online", Intent, `T12:00:00Z`, `T11:59:59Z`), false},
+		{"the online part at another time", replaced("tuf-online", Done, `T12:00:00Z`, `T12:00:01Z`), false},
+		{"the snapshot's signature changed", replaced("tuf-online", Done, `"snapshot":"ME`, `"snapshot":"MA`), false},
+		{"no timestamp", replaced("tuf-online", Done, `"timestamp":"`, `"timestamp":"AAAA`), false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			forged := tc.change(slices.Clone(records))
+			forged = forged[:first(forged, "outputs", Intent)]
+			for i := range forged {
+				forged[i].Seq = records[i].Seq
+				if i > 0 {
+					forged[i].Prev = forged[i-1].Hash
+				}
+				forged[i] = reseal(t, forged[i])
+			}
+			if err := factsOf(t, d).replay(forged); (err == nil) != tc.ok {
+				t.Errorf("replayed: %v, want %t", err, tc.ok)
+			}
+		})
 	}
 }
