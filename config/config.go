@@ -28,6 +28,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/chancery-ca/chancery/ca/identity"
+	"github.com/chancery-ca/chancery/ca/policy"
 )
 
 // ErrInvalid: the file is not a configuration. The text says where and why.
@@ -126,9 +127,49 @@ type CA struct {
 	Lifetime time.Duration `yaml:"lifetime"`
 	// Config is the OpenID Connect issuers, in Fulcio's form: oidc-issuers.
 	identity.Config `yaml:",inline"`
+	// FulcioConfig is a Fulcio configuration file, YAML or JSON, that is read in
+	// place of the fields above.
+	FulcioConfig string `yaml:"fulcio-config"`
+	// Policy says who may have a certificate: the first rule that fits decides,
+	// and without one the answer is no. Empty allows every identity.
+	Policy []Rule `yaml:"policy"`
 	// PrivateNetworks are networks in CIDR form, not of the public Internet,
 	// in which issuers may be; without one they are not dialled.
 	PrivateNetworks []netip.Prefix `yaml:"private-networks"`
+}
+
+// Rule is a rule of the policy: Allow or Deny is its name.
+type Rule struct {
+	Allow string `yaml:"allow"`
+	Deny  string `yaml:"deny"`
+	// Issuer, Identity, Claims, Keys and Lifetime are those of policy.Rule.
+	Issuer   string            `yaml:"issuer"`
+	Identity string            `yaml:"identity"`
+	Claims   map[string]string `yaml:"claims"`
+	Keys     []string          `yaml:"keys"`
+	Lifetime time.Duration     `yaml:"lifetime"`
+}
+
+// Rules returns the policy, nil if there is none. The error wraps
+// policy.ErrInvalid.
+func (c *CA) Rules() (*policy.Policy, error) {
+	if len(c.Policy) == 0 {
+		return nil, nil
+	}
+	rules := make([]policy.Rule, len(c.Policy))
+	for i, r := range c.Policy {
+		rules[i] = policy.Rule{
+			Name: r.Allow, Effect: policy.Allow, Issuer: r.Issuer, Identity: r.Identity,
+			Claims: r.Claims, Keys: r.Keys, Lifetime: r.Lifetime,
+		}
+		if r.Deny != "" {
+			rules[i].Name, rules[i].Effect = r.Deny, policy.Deny
+		}
+		if (r.Allow == "") == (r.Deny == "") {
+			return nil, fmt.Errorf("%w: rule %d has not one name, in allow or in deny", policy.ErrInvalid, i+1)
+		}
+	}
+	return policy.New(rules)
 }
 
 // Log names a shard of a log.
@@ -226,6 +267,9 @@ func Parse(data []byte, dir string) (*Config, error) {
 		return nil, fmt.Errorf("%w: more than one document", ErrInvalid)
 	}
 	c.resolve(dir)
+	if err := c.CA.readFulcio(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
 	if err := c.finish(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
@@ -234,7 +278,7 @@ func Parse(data []byte, dir string) (*Config, error) {
 
 // resolve makes relative paths absolute.
 func (c *Config) resolve(dir string) {
-	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust, &c.CT.Key, &c.CT.TLSRoots}
+	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust, &c.CT.Key, &c.CT.TLSRoots, &c.CA.FulcioConfig}
 	for i := range c.CT.Roots {
 		paths = append(paths, &c.CT.Roots[i])
 	}
@@ -242,6 +286,14 @@ func (c *Config) resolve(dir string) {
 		if *path != "" && !filepath.IsAbs(*path) {
 			*path = filepath.Join(dir, *path)
 		}
+	}
+	for url, issuer := range c.CA.OIDCIssuers {
+		for _, path := range []*string{&issuer.KeysFile, &issuer.DiscoveryFile} {
+			if *path != "" && !filepath.IsAbs(*path) {
+				*path = filepath.Join(dir, *path)
+			}
+		}
+		c.CA.OIDCIssuers[url] = issuer
 	}
 	for name, token := range c.Tokens {
 		for _, secret := range []*Secret{&token.PIN, &token.OwnerAuth, &token.EndorsementAuth} {
@@ -305,7 +357,7 @@ func (c *Config) checkOnlyCT() error {
 		return errors.New("only: ct: the CT log is elsewhere (ct.url): nothing is left to serve")
 	case len(c.CT.Roots) == 0:
 		return errors.New("ct.roots: missing: a CT log alone takes the certificates of CAs elsewhere")
-	case c.CA.Lifetime != 0 || len(c.CA.OIDCIssuers) > 0 || len(c.CA.PrivateNetworks) > 0:
+	case c.CA.Lifetime != 0 || len(c.CA.OIDCIssuers) > 0 || c.CA.FulcioConfig != "" || len(c.CA.Policy) > 0 || len(c.CA.PrivateNetworks) > 0:
 		return errors.New("ca: not with only: ct")
 	case c.Rekor != (Rekor{}):
 		return errors.New("rekor: not with only: ct")
@@ -369,6 +421,40 @@ func (c *CA) finish() error {
 	}
 	if err := c.Config.Validate(); err != nil {
 		return fmt.Errorf("ca.oidc-issuers: %w", err)
+	}
+	if _, err := c.Rules(); err != nil {
+		return fmt.Errorf("ca.policy: %w", err)
+	}
+	for i, r := range c.Policy {
+		if r.Lifetime > c.Lifetime {
+			return fmt.Errorf("ca.policy: rule %d has a longer lifetime than ca.lifetime", i+1)
+		}
+	}
+	return nil
+}
+
+// readFulcio reads the Fulcio configuration file, if there is one.
+func (c *CA) readFulcio() error {
+	if c.FulcioConfig == "" {
+		return nil
+	}
+	if len(c.OIDCIssuers)+len(c.MetaIssuers)+len(c.CIIssuerMetadata) > 0 {
+		return errors.New("ca: fulcio-config stands in place of oidc-issuers, meta-issuers and ci-issuer-metadata")
+	}
+	f, err := os.Open(c.FulcioConfig)
+	if err != nil {
+		return fmt.Errorf("ca.fulcio-config: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return fmt.Errorf("ca.fulcio-config: %w", err)
+	}
+	if len(data) > maxFile {
+		return fmt.Errorf("ca.fulcio-config: more than %d octets", maxFile)
+	}
+	if c.Config, err = identity.ParseConfig(data); err != nil {
+		return fmt.Errorf("ca.fulcio-config: %w", err)
 	}
 	return nil
 }

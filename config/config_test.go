@@ -15,7 +15,7 @@ func TestExampleIsComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.URL != "https://sig.acme.example" || c.CA.Lifetime != 10*time.Minute || c.Tokens["online"].Sessions != 16 ||
-		len(c.CA.OIDCIssuers) != 2 || len(c.CA.PrivateNetworks) != 1 || c.Tokens["online"].PIN.String() != "credential:hsm-pin" {
+		len(c.CA.OIDCIssuers) != 3 || len(c.CA.Policy) != 3 || len(c.CA.PrivateNetworks) != 1 || c.Tokens["online"].PIN.String() != "credential:hsm-pin" {
 		t.Errorf("the example was read as %+v", c)
 	}
 }
@@ -217,6 +217,14 @@ func TestRefused(t *testing.T) {
 		{"lifetime too short", edit("ca: {", "ca: {lifetime: 30s, "), "lifetime"},
 		{"no issuer", edit(`{oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}`, "{}"), "issuer"},
 		{"issuer under another name", edit(`issuer-url: "https://idp.example"`, `issuer-url: "https://idp.example/"`), "issuer"},
+		{"policy without a name", edit("ca: {", "ca: {policy: [{issuer: 'https://idp.example'}], "), "ca.policy"},
+		{"policy with two names", edit("ca: {", "ca: {policy: [{allow: a, deny: b}], "), "ca.policy"},
+		{"policy of a doubtful pattern", edit("ca: {", "ca: {policy: [{allow: a, identity: '***'}], "), "ca.policy"},
+		{"policy with a long lifetime", edit("ca: {", "ca: {lifetime: 5m, policy: [{allow: a, lifetime: 6m}], "), "ca.policy"},
+		{"policy with an unknown key", edit("ca: {", "ca: {policy: [{allow: a, san: b}], "), "san"},
+		{"Fulcio file and issuers", edit("ca: {", "ca: {fulcio-config: fulcio.yaml, "), "ca: fulcio-config"},
+		{"Fulcio file that is missing", edit(`{oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}`, "{fulcio-config: /nowhere}"), "ca.fulcio-config"},
+		{"Fulcio file that is none", edit(`{oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}`, "{fulcio-config: /dev/null}"), "no issuer"},
 		{"private network", edit("ca: {", "ca: {private-networks: [ten], "), ""},
 		{"shard with a slash", edit("ct1", "../ct1"), "ct.shard"},
 		{"CT log here and elsewhere", edit("{shard: ct1}", "{shard: ct1, url: 'https://ct.example', key: ct.pub}"), "elsewhere"},
@@ -308,4 +316,35 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("an incomplete configuration was accepted: %+v", c)
 		}
 	})
+}
+
+// TestFulcioConfig: a Fulcio configuration file is read unchanged, also JSON.
+func TestFulcioConfig(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"fulcio.yaml": "oidc-issuers:\n  https://idp.example:\n    issuer-url: https://idp.example\n    client-id: sigstore\n    type: email\n",
+		"fulcio.json": `{"OIDCIssuers": {"https://idp.example": {"IssuerURL": "https://idp.example", "ClientID": "sigstore", "Type": "email"}}}`,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		issuers := `{oidc-issuers: {"https://idp.example": {issuer-url: "https://idp.example", client-id: sigstore, type: email}}}`
+		c, err := Parse([]byte(strings.Replace(minimal, issuers, "{fulcio-config: "+name+"}", 1)), dir)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if c.CA.OIDCIssuers["https://idp.example"].Type != "email" {
+			t.Errorf("%s: %+v", name, c.CA)
+		}
+	}
+}
+
+// TestIssuerFiles: files of an issuer are named from the configuration's folder.
+func TestIssuerFiles(t *testing.T) {
+	c, err := Parse([]byte(strings.Replace(minimal, "type: email", "type: email, jwks-file: keys.json", 1)), "/etc/chancery")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if path := c.CA.OIDCIssuers["https://idp.example"].KeysFile; path != "/etc/chancery/keys.json" {
+		t.Errorf("path %s", path)
+	}
 }

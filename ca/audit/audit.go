@@ -111,7 +111,8 @@ type Record struct {
 	LogIndex *uint64 `json:"logIndex,omitempty"`
 	Reason   string  `json:"reason,omitempty"`
 	Count    uint64  `json:"count,omitempty"`
-	// Seal is a DER TimeStampToken (RFC 3161) whose message imprint is Prev.
+	// Seal is a DER TimeStampResp (RFC 3161, Section 2.4.2) whose message
+	// imprint is Prev: it is a timestamp of the line before this one.
 	Seal []byte `json:"seal,omitempty"`
 	// Prev is the SHA-256, in hexadecimal, of the line before this one without
 	// its line break; of the first record 64 zeros.
@@ -120,8 +121,8 @@ type Record struct {
 
 // Sealer puts a trusted time on the SHA-256 of a line: the timestamp authority.
 type Sealer interface {
-	// Timestamp returns a DER TimeStampToken (RFC 3161) whose message imprint
-	// is digest, a SHA-256.
+	// Timestamp returns a DER TimeStampResp (RFC 3161, Section 2.4.2) whose
+	// message imprint is digest, a SHA-256.
 	Timestamp(ctx context.Context, digest [sha256.Size]byte) ([]byte, error)
 }
 
@@ -484,7 +485,7 @@ func (w *writer) keepSeal(dir string, r Record) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, sealsName), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, SealsName), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}

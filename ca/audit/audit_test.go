@@ -39,8 +39,8 @@ func (s sealer) Timestamp(_ context.Context, digest [sha256.Size]byte) ([]byte, 
 	return digest[:], s.err
 }
 
-func checkSeal(token []byte, digest [sha256.Size]byte) error {
-	if !bytes.Equal(token, digest[:]) {
+func checkSeal(seal, line []byte) error {
+	if digest := sha256.Sum256(line); !bytes.Equal(seal, digest[:]) {
 		return errors.New("timestamp of something else")
 	}
 	return nil
@@ -190,7 +190,7 @@ func TestTampering(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seals, err := os.ReadFile(filepath.Join(dir, sealsName))
+	seals, err := os.ReadFile(filepath.Join(dir, SealsName))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -401,7 +401,7 @@ func TestSeals(t *testing.T) {
 	if d := cmp.Diff([]Type{TypeBegin, TypeAllowed, TypeSeal}, types(t, dir)); d != "" {
 		t.Error(d)
 	}
-	wrong := func([]byte, [sha256.Size]byte) error { return errors.New("another key") }
+	wrong := func(_, _ []byte) error { return errors.New("another key") }
 	if _, err := Verify(dir, wrong, nil, nil); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a seal that does not verify: %v", err)
 	}

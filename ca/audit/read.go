@@ -21,8 +21,10 @@ import (
 const (
 	filePrefix = "audit-"
 	fileSuffix = ".jsonl"
-	sealsName  = "seals.jsonl"
 )
+
+// SealsName is the file, beside the audit's own, to which each seal is added.
+const SealsName = "seals.jsonl"
 
 // fileName is the name of the file whose first record has that number.
 func fileName(seq uint64) string { return fmt.Sprintf("%s%020d%s", filePrefix, seq, fileSuffix) }
@@ -119,12 +121,14 @@ type chain struct {
 	head  [sha256.Size]byte
 	time  time.Time
 	last  Type
-	lines uint64
+	// line is the last line, without its line break.
+	line []byte
 }
 
-// readFile follows the lines of one file and gives each to visit. It returns
-// what stands behind the last line break. Errors: ErrDamaged, and visit's.
-func (c *chain) readFile(name string, visit func(Record, []byte) error) (cut []byte, err error) {
+// readFile follows the lines of one file and gives each to visit, with the line
+// before it; both are valid until visit returns. It returns what stands behind
+// the last line break. Errors: ErrDamaged, and visit's.
+func (c *chain) readFile(name string, visit func(r Record, line, before []byte) error) (cut []byte, err error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -133,6 +137,7 @@ func (c *chain) readFile(name string, visit func(Record, []byte) error) (cut []b
 	damaged := func(format string, args ...any) error {
 		return fmt.Errorf("%s: record %d: %s: %w", filepath.Base(name), c.next, fmt.Sprintf(format, args...), ErrDamaged)
 	}
+	var before []byte
 	lines := bufio.NewReaderSize(f, maxLine+1)
 	for first := true; ; first = false {
 		line, err := lines.ReadSlice('\n')
@@ -152,11 +157,12 @@ func (c *chain) readFile(name string, visit func(Record, []byte) error) (cut []b
 		if first && filepath.Base(name) != fileName(r.Seq) {
 			return nil, damaged("the file begins with record %d", r.Seq)
 		}
+		before = append(before[:0], c.line...)
 		if err := c.follow(r, line); err != nil {
 			return nil, damaged("%v", err)
 		}
 		if visit != nil {
-			if err := visit(r, line); err != nil {
+			if err := visit(r, line, before); err != nil {
 				return nil, err
 			}
 		}
@@ -177,7 +183,7 @@ func (c *chain) follow(r Record, line []byte) error {
 	}
 	c.loose = false
 	c.next, c.head, c.time, c.last = r.Seq+1, sha256.Sum256(line), r.Time, r.Type
-	c.lines++
+	c.line = append(c.line[:0], line...)
 	return nil
 }
 
@@ -217,12 +223,12 @@ type Report struct {
 }
 
 // Verify reads every file in dir, also while a service writes there, and
-// follows every link. checkSeal verifies a timestamp over a digest; nil checks
+// follows every link. checkSeal verifies a timestamp over a line; nil checks
 // only that seals stand where they belong. outside are seals that were kept
 // elsewhere (the lines of seals.jsonl): a record that one covers must be there.
 // visit gets every record; it may be nil. Errors: ErrDamaged, and those of
 // visit and checkSeal.
-func Verify(dir string, checkSeal func(token []byte, digest [sha256.Size]byte) error, outside []Record, visit func(Record) error) (Report, error) {
+func Verify(dir string, checkSeal func(seal, line []byte) error, outside []Record, visit func(Record) error) (Report, error) {
 	names, err := files(dir)
 	if err != nil {
 		return Report{}, err
@@ -237,10 +243,10 @@ func Verify(dir string, checkSeal func(token []byte, digest [sha256.Size]byte) e
 	report := Report{Files: len(names)}
 	c := &chain{}
 	for i, name := range names {
-		cut, err := c.readFile(name, func(r Record, line []byte) error {
+		cut, err := c.readFile(name, func(r Record, line, before []byte) error {
 			if r.Type == TypeSeal {
 				report.Seals, report.Sealed = report.Seals+1, r.Seq
-				if err := verifySeal(r, checkSeal); err != nil {
+				if err := verifySeal(r, before, checkSeal); err != nil {
 					return err
 				}
 			}
@@ -269,16 +275,15 @@ func Verify(dir string, checkSeal func(token []byte, digest [sha256.Size]byte) e
 	return report, nil
 }
 
-// verifySeal checks the timestamp of a seal.
-func verifySeal(r Record, check func([]byte, [sha256.Size]byte) error) error {
-	digest, err := hex.DecodeString(r.Prev)
-	if err != nil || len(digest) != sha256.Size || len(r.Seal) == 0 {
+// verifySeal checks the timestamp of a seal over the line before it.
+func verifySeal(r Record, before []byte, check func(seal, line []byte) error) error {
+	if len(r.Seal) == 0 || len(before) == 0 {
 		return fmt.Errorf("verify audit: seal %d is none: %w", r.Seq, ErrDamaged)
 	}
 	if check == nil {
 		return nil
 	}
-	if err := check(r.Seal, [sha256.Size]byte(digest)); err != nil {
+	if err := check(r.Seal, before); err != nil {
 		return fmt.Errorf("verify audit: seal %d: %w: %w", r.Seq, err, ErrDamaged)
 	}
 	return nil

@@ -44,7 +44,7 @@ func Add(ctx context.Context, cfg *config.Config, opts Options) (made, kept []st
 }
 
 func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (made, kept []string, err error) {
-	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor")} {
+	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor"), AuditDir(cfg)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, nil, fmt.Errorf("create state folder: %w", err)
 		}

@@ -43,6 +43,9 @@ func (s *Service) Ready() error {
 	}
 	var errs []error
 	errs = append(errs, s.tokenErr())
+	if s.audit != nil {
+		errs = append(errs, s.audit.Err())
+	}
 	if s.elsewhere != nil {
 		errs = append(errs, prefixed("CT log elsewhere", s.elsewhere.Err()))
 	}

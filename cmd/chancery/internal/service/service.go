@@ -33,6 +33,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/audit"
 	"github.com/chancery-ca/chancery/ca/ctlog"
 	"github.com/chancery-ca/chancery/ca/identity"
 	caserver "github.com/chancery-ca/chancery/ca/server"
@@ -55,6 +56,8 @@ const (
 	headInterval = time.Second
 	// drainTime is how long requests in flight and the logs get at shutdown.
 	drainTime = 20 * time.Second
+	// maxTokens is how many living ID tokens are remembered to count their uses.
+	maxTokens = 100_000
 	// maxConnections bounds the open connections of the listener.
 	maxConnections = 8192
 )
@@ -80,6 +83,7 @@ type Service struct {
 	tokens   map[string]hsm.Token
 	keys     map[hsm.Role]hsm.Key
 	identity *identity.Verifier
+	audit    *audit.Log
 	engine   *tree.Engine
 	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
@@ -143,11 +147,14 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return err
 	}
-	authority, err := s.openCA(ctx, chain, source, opts)
+	timestamps, err := s.openTSA()
 	if err != nil {
 		return err
 	}
-	timestamps, err := s.openTSA()
+	if err := s.openAudit(timestamps); err != nil {
+		return missing(err)
+	}
+	authority, err := s.openCA(ctx, chain, source, opts)
 	if err != nil {
 		return err
 	}
@@ -315,15 +322,21 @@ func (s *Service) counter(ctx context.Context, name string) (head.Counter, error
 
 // openCA opens the certificate authority and joins it to the CT log.
 func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log certificateLog, opts Options) (*caserver.Server, error) {
+	rules, err := s.cfg.CA.Rules()
+	if err != nil {
+		return nil, fmt.Errorf("read policy: %w", err)
+	}
 	authority, err := ca.New(ca.Config{
 		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: log.here, Submitter: log.elsewhere, LogKey: log.key,
+		Policy: rules, Uses: identity.NewUses(maxTokens), Audit: s.audit,
 		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open certificate authority: %w", err)
 	}
 	s.identity, err = identity.New(ctx, s.cfg.CA.Config, identity.Options{
-		LoopbackHTTP: opts.LoopbackHTTP, PrivateNetworks: s.cfg.CA.PrivateNetworks, Now: s.clock.Now, Logger: s.log,
+		LoopbackHTTP: opts.LoopbackHTTP, PrivateNetworks: s.cfg.CA.PrivateNetworks, ReadFile: readBounded,
+		Now: s.clock.Now, Logger: s.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open identity issuers: %w", err)
@@ -431,6 +444,9 @@ func (s *Service) Close(ctx context.Context) error {
 	}
 	if s.identity != nil {
 		s.identity.Close()
+	}
+	if s.audit != nil { // it has its last line timestamped: before the tokens
+		errs = append(errs, s.audit.Close())
 	}
 	if s.elsewhere != nil {
 		s.elsewhere.Close()
