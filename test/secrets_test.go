@@ -108,9 +108,16 @@ func (s *secrecy) text(where, text string) {
 // files looks into every file of the account but those that are allowed.
 func (s *secrecy) files(allowed ...string) {
 	s.t.Helper()
+	s.filesOf(s.dir, allowed...)
+}
+
+// filesOf looks into every file below dir but those that are allowed, in which a
+// secret must be.
+func (s *secrecy) filesOf(dir string, allowed ...string) {
+	s.t.Helper()
 	seen := map[string]bool{}
 	for _, secret := range s.secrets {
-		for _, path := range grep(s.t, s.dir, secret) {
+		for _, path := range grep(s.t, dir, secret) {
 			seen[path] = true
 		}
 	}
@@ -313,6 +320,87 @@ func TestSecretsAppearNowhere(t *testing.T) {
 		}
 		s.files("demo/pins/online", "wrong/online")
 	})
+}
+
+// TestTPMAuthAppearsNowhere: the authorisation value of a TPM's keys is in the
+// file that the configuration names, and in nothing else that a rehearsal, a
+// service on the TPM, its commands and its end leave or show. So is the PIN of
+// the token beside it.
+func TestTPMAuthAppearsNowhere(t *testing.T) {
+	needSoftHSM(t)
+	site := newTPMSite(t, "inter-g1", "tsa-1")
+	site.bind()
+	site.site.write(t, site.settings)
+	s := newSecrecy(t)
+	whole := filepath.Dir(filepath.Dir(site.dir)) // the ceremony's folder and the site's
+	var files []string
+	for _, token := range []string{"tpm", "online"} {
+		pin := strings.TrimPrefix(site.settings["tokens"].(map[string]any)[token].(map[string]any)["pin"].(string), "file:")
+		s.secret(mustRead(t, pin))
+		rel, err := filepath.Rel(whole, pin)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, rel)
+	}
+	s.text("output of rehearse", site.rehearsal)
+	s.adopt(whole)
+	s.adopt(filepath.Dir(site.tpm.Socket()))
+
+	chancery := s.path("chancery")
+	// An emulator serves one program at a time, so the commands come first.
+	run := func(args ...string) {
+		t.Helper()
+		if status, text := s.run(site.env, chancery, append(args, "--config", site.config)...); status != 0 {
+			t.Errorf("%s: exit status %d\n%s", strings.Join(args, " "), status, text)
+		}
+	}
+	run("config", "check")
+	run("init")
+	run("hsm", "info")
+	run("hsm", "list")
+	run("hsm", "test", "intermediate", "--duration", "100ms")
+	run("hsm", "attest", "intermediate", "--nonce", strings.Repeat("5a", 32), "--out", site.path("evidence"))
+	run("hsm", "bench", "tsa", "--duration", "100ms")
+	cmd, out := s.start(append([]string{"GOTRACEBACK=crash"}, site.env...), chancery, "serve", "--config", site.config, "--log-level", "debug")
+	eventually(t, "a service", func() bool { return strings.Contains(out.String(), "msg=serving") })
+	s.text("readyz", string(site.get("/readyz", http.StatusOK)))
+	site.certificate(t, site.idp, http.StatusOK)
+	s.process(cmd.Process.Pid)
+	s.sealed(cmd.Process.Pid)
+	s.abort(cmd, out)
+	run("log", "status", "--counter")
+
+	// A wrong value is refused, and is not shown either.
+	wrong := site.path("wrong")
+	if err := os.WriteFile(wrong, []byte("wrong-value-4711-0815-4711-0815-4711"), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	s.own(wrong)
+	s.secret(mustRead(t, wrong))
+	site.settings["tokens"].(map[string]any)["tpm"].(map[string]any)["pin"] = "file:" + wrong
+	site.site.write(t, site.settings)
+	if status, out := s.run(site.env, chancery, "serve", "--config", site.config, "--log-level", "debug"); status != 77 {
+		t.Errorf("wrong value: exit status %d, want 77\n%s", status, out)
+	}
+	s.filesOf(whole, append(files, "001/site/wrong")...)
+}
+
+// adopt gives everything below dir to the account, and lets it get there.
+func (s *secrecy) adopt(dir string) {
+	s.t.Helper()
+	if s.account == nil {
+		return
+	}
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, int(s.account.Uid), int(s.account.Gid))
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
 }
 
 // own gives a file to the account.

@@ -21,8 +21,10 @@ type tpmSite struct {
 	tpm *hsmtest.Emulator
 	// settings is what serve.yaml says.
 	settings map[string]any
-	process  *exec.Cmd // the running service, nil if none
-	log      *syncBuffer
+	// rehearsal is what the ceremony printed.
+	rehearsal string
+	process   *exec.Cmd // the running service, nil if none
+	log       *syncBuffer
 }
 
 // newTPMSite rehearses the example's definition. The root is in SoftHSM, the
@@ -59,7 +61,7 @@ func newTPMSite(t *testing.T, inTPM ...string) *tpmSite {
 		t.Fatal(err)
 	}
 	practice := filepath.Join(s.whole.TempDir(), "practice")
-	must(t, nil, binary(t, "chancery-ceremony"), "rehearse", file, "--dir", practice)
+	s.rehearsal = must(t, nil, binary(t, "chancery-ceremony"), "rehearse", file, "--dir", practice)
 	if err := os.RemoveAll(s.path("trust")); err != nil {
 		t.Fatal(err)
 	}
