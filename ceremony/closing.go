@@ -393,11 +393,7 @@ func (r *run) abort(_ context.Context, s Step) error {
 
 // leftBehind is what an abort leaves.
 func (f *facts) leftBehind() abortResult {
-	left := abortResult{Step: f.abortedStep, Keys: []string{}}
-	for _, name := range sorted(f.keyIntents) {
-		left.Keys = append(left.Keys, name)
-	}
-	return left
+	return abortResult{Step: f.abortedStep, Keys: append([]string{}, sorted(f.keyIntents)...)}
 }
 
 func (f *facts) takeAbort(rec *Record, _ Step) error {

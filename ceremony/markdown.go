@@ -42,11 +42,11 @@ func (m *document) table(columns ...string) {
 }
 
 func (m *document) row(cells ...string) {
-	m.WriteString("|")
+	line := "|"
 	for _, c := range cells {
-		m.WriteString(" " + strings.ReplaceAll(c, "|", `\|`) + " |")
+		line += " " + strings.ReplaceAll(c, "|", `\|`) + " |"
 	}
-	m.WriteString("\n")
+	m.line("%s", line)
 }
 
 func (f *facts) writeHead(m *document, records []Record) {

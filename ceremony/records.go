@@ -225,8 +225,7 @@ type facts struct {
 	confirmed                           map[string]bool // certificates
 	certs                               map[string]*x509.Certificate
 	tuf                                 tufFacts
-	announced                           bool   // the files of StepOutputs
-	written                             []File // by StepOutputs
+	announced                           bool // the files of StepOutputs
 	abortedAt                           *abortResult
 	abortedStep, abortedBy, abortReason string
 	root                                [sha256.Size]byte // of the checkpoint

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"strings"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/hsm"
@@ -17,6 +18,16 @@ func tokensPossible(def *ceremony.Definition) error {
 		return errNoCgo
 	}
 	return nil
+}
+
+// needsCgo says whether a definition names a PKCS#11 token.
+func needsCgo(def *ceremony.Definition) bool {
+	for _, t := range def.Tokens {
+		if strings.HasPrefix(t.URI, "pkcs11:") {
+			return true
+		}
+	}
+	return def.Environment == ceremony.Rehearsal
 }
 
 func openPKCS11(context.Context, string, string, []byte) (hsm.Token, error) { return nil, errNoCgo }

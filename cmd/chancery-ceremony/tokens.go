@@ -9,7 +9,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/hsm"
@@ -204,14 +203,4 @@ func writePIN(path string, pin []byte) error {
 	}
 	_, err = f.Write(pin)
 	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// needsCgo says whether a definition names a PKCS#11 token.
-func needsCgo(def *ceremony.Definition) bool {
-	for _, t := range def.Tokens {
-		if strings.HasPrefix(t.URI, "pkcs11:") {
-			return true
-		}
-	}
-	return def.Environment == ceremony.Rehearsal
 }
