@@ -3,6 +3,7 @@ package identity
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"strings"
 
@@ -172,6 +173,9 @@ func checkURIDomain(i Issuer) error {
 func sameOwner(subject, issuer string) error {
 	if subject == issuer {
 		return nil
+	}
+	if _, err := netip.ParseAddr(issuer); err == nil {
+		return fmt.Errorf("subject-domain is not the issuer's address")
 	}
 	a, b := strings.Split(subject, "."), strings.Split(issuer, ".")
 	if len(a) < 2 || len(b) < 2 || a[len(a)-1] != b[len(b)-1] || a[len(a)-2] != b[len(b)-2] {

@@ -23,11 +23,13 @@ var (
 	errJSON      = errors.New("not one JSON object in UTF-8")
 	errDuplicate = errors.New("name appears twice in an object")
 	errDepth     = errors.New("nested too deeply")
+	errNumber    = errors.New("number is too large") // RFC 8259, Section 6
 )
 
 // parseClaims decodes one JSON object. It refuses invalid UTF-8, a name that
-// appears twice at any level (two parsers would choose differently), nesting
-// beyond maxDepth, and anything after the object.
+// appears twice at any level (two parsers would choose differently), numbers
+// beyond those of float64, nesting beyond maxDepth, and anything after the
+// object.
 func parseClaims(b []byte) (claims, error) {
 	if !utf8.Valid(b) {
 		return nil, errJSON
@@ -52,6 +54,11 @@ func decodeValue(dec *json.Decoder, depth int) (any, error) {
 	t, err := dec.Token()
 	if err != nil {
 		return nil, errJSON
+	}
+	if n, ok := t.(json.Number); ok {
+		if _, err := n.Float64(); err != nil {
+			return nil, errNumber
+		}
 	}
 	delim, ok := t.(json.Delim)
 	if !ok {

@@ -82,7 +82,7 @@ func TestLikeFulcio(t *testing.T) {
 	templates.ExtensionTemplates.BuildTrigger = "colour"
 	templates.ExtensionTemplates.RunnerEnvironment = `{{index . "not there"}}`
 	templates.ExtensionTemplates.SourceRepositoryIdentifier = "{{.runner_id}} {{.big}} {{.small}} {{.fraction}} {{.yes}} {{.list}}"
-	odd := map[string]any{"big": 1234567890123456789, "small": 1e-7, "fraction": 12.5, "yes": true, "list": []any{1, "a", 2.5}}
+	odd := map[string]any{"big": 1234567890123456768, "small": 1e-7, "fraction": 12.5, "yes": true, "list": []any{1, "a", 2.5}}
 
 	type convert func(context.Context, *oidc.IDToken) (upstream.Principal, error)
 	for _, test := range []struct {

@@ -134,7 +134,7 @@ func TestVerifyEmail(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Principal{
-		Token:      TokenUse{ID: sha256.Sum256([]byte(raw)), Expires: got.Token.Expires},
+		Token:      TokenUse{ID: sha256.Sum256([]byte(raw[:strings.LastIndexByte(raw, '.')])), Expires: got.Token.Expires},
 		SAN:        profile.SAN{Type: profile.Email, Value: "alice@example.com"},
 		Extensions: certificate.Extensions{Issuer: i.Issuer(), Subject: "alice-id"},
 		Challenges: []string{"alice@example.com"},
@@ -324,7 +324,9 @@ func TestTokenRefusals(t *testing.T) {
 		{"alg not a string", header(map[string]any{"alg": []string{"RS256"}, "kid": kid}), "signature algorithm is not allowed"},
 		{"alg twice", forge(t, []byte(`{"alg":"RS256","alg":"none"}`), good, rs256(t, i.key)), "header is not strict JSON"},
 		{"crit", header(map[string]any{"alg": "RS256", "kid": kid, "crit": []string{"b64"}, "b64": false}), "header has critical extensions"},
-		{"logout token", header(map[string]any{"alg": "RS256", "kid": kid, "typ": "logout+jwt"}), "a logout token is no identity token"},
+		{"logout token", header(map[string]any{"alg": "RS256", "kid": kid, "typ": "logout+jwt"}), "header names another kind of token"},
+		{"access token", header(map[string]any{"alg": "RS256", "kid": kid, "typ": "application/AT+JWT"}), "header names another kind of token"},
+		{"crit that is null", forge(t, []byte(`{"alg":"RS256","crit":null}`), good, rs256(t, i.key)), "header has critical extensions"},
 		{"header not JSON", forge(t, []byte("alg"), good, rs256(t, i.key)), "header is not strict JSON"},
 
 		{"another key under a known kid", forge(t, map[string]any{"alg": "RS256", "kid": kid}, good, rs256(t, other)), "signature does not verify"},
@@ -347,7 +349,7 @@ func TestTokenRefusals(t *testing.T) {
 		{"expires now", token(map[string]any{"exp": noon.Unix()}), "token has expired or never does"},
 		{"no expiry", token(map[string]any{"exp": nil}), "token has expired or never does"},
 		{"expiry as a string", token(map[string]any{"exp": "1900000000"}), "token has expired or never does"},
-		{"expiry beyond all times", payload(strings.Replace(base, `"exp":`, `"exp":1e400,"old":`, 1)), "token has expired or never does"},
+		{"expiry beyond all times", payload(strings.Replace(base, `"exp":`, `"exp":1e400,"old":`, 1)), "payload is not strict JSON"},
 		{"expiry after year 9999", token(map[string]any{"exp": 1e15}), "token has expired or never does"},
 		{"future nbf", token(map[string]any{"nbf": noon.Add(6 * time.Minute).Unix()}), "token is not valid yet"},
 		{"nbf not a number", token(map[string]any{"nbf": "soon"}), "token is not valid yet"},
@@ -364,6 +366,8 @@ func TestTokenRefusals(t *testing.T) {
 		{"audience of numbers", token(map[string]any{"aud": []any{"sigstore", 1}}), "token is for another audience"},
 		{"missing sub", token(map[string]any{"sub": nil}), "token has no subject"},
 		{"sub not a string", token(map[string]any{"sub": 7}), "token has no subject"},
+
+		{"events of a logout token", token(map[string]any{"events": map[string]any{"http://schemas.openid.net/event/backchannel-logout": map[string]any{}}}), "token reports events"},
 
 		{"email not verified", token(map[string]any{"email_verified": false}), "e-mail address is not verified"},
 		{"email_verified missing", token(map[string]any{"email_verified": nil}), "e-mail address is not verified"},
@@ -384,6 +388,7 @@ func TestTokenRefusals(t *testing.T) {
 		{"claim twice, one escaped", payload(strings.Replace(base, "{", `{"\u0065mail":"root@example.com",`, 1)), "payload is not strict JSON"},
 		{"deep nesting", payload(strings.Replace(base, "{", `{"x":`+strings.Repeat("[", 100)+strings.Repeat("]", 100)+",", 1)), "payload is not strict JSON"},
 		{"invalid UTF-8", payload(strings.Replace(base, "alice", "\xff", 1) + "\xff"), "payload is not strict JSON"},
+		{"number beyond all bounds, nested", payload(strings.Replace(base, "{", `{"x":[{"y":-1e999}],`, 1)), "payload is not strict JSON"},
 		{"payload not an object", payload(`["iss"]`), "payload is not strict JSON"},
 		{"two payloads", payload(base + base), "payload is not strict JSON"},
 		{"payload cut", payload(base[:len(base)-1]), "payload is not strict JSON"},

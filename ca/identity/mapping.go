@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/sigstore/fulcio/pkg/certificate"
+	"golang.org/x/text/unicode/norm"
 
 	"github.com/chancery-ca/chancery/ca/profile"
 )
@@ -203,7 +204,7 @@ func codefresh(template string) value {
 		if base == "" {
 			base = "https://g.codefresh.io"
 		}
-		if u, err := url.Parse(base); err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
+		if u, err := url.Parse(base); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 			return "", fmt.Errorf("%w: claim platform_url is not an https URL", ErrMapping)
 		}
 		return below(base, template)(a)
@@ -233,7 +234,48 @@ func whole(template string) value {
 // username is the subject in the domain that the configuration gives it.
 func username(a assertion) (string, error) {
 	name, err := a.claims.fill("{sub}")
+	if err == nil && !unmistakable(name) {
+		return "", fmt.Errorf("%w: user name mixes scripts or letter forms", ErrMapping)
+	}
 	return name + "!" + a.issuer.SubjectDomain, err
+}
+
+// unmistakable says whether a name is written in one script (UTS #39, Section
+// 5.1) and without compatibility forms (UAX #15), so that it does not pass for
+// a name in another script. The scripts that East Asian languages use together
+// count as one.
+func unmistakable(name string) bool {
+	if !norm.NFKC.IsNormalString(name) {
+		return false
+	}
+	script := ""
+	for _, r := range name {
+		if !unicode.IsLetter(r) {
+			continue
+		}
+		if s := scriptOf(r); script != "" && s != script {
+			return false
+		} else {
+			script = s
+		}
+	}
+	return true
+}
+
+// scriptOf names the script of a letter.
+func scriptOf(r rune) string {
+	if r <= unicode.MaxASCII || unicode.Is(unicode.Latin, r) {
+		return "Latin"
+	}
+	if unicode.In(r, unicode.Han, unicode.Hiragana, unicode.Katakana, unicode.Hangul, unicode.Bopomofo) {
+		return "East Asian"
+	}
+	for name, table := range unicode.Scripts {
+		if unicode.Is(table, r) {
+			return name // a letter has one script
+		}
+	}
+	return "unknown"
 }
 
 // gitRef is GitLab's ref as git writes it.
@@ -365,11 +407,15 @@ func (c claims) fill(template string) (string, error) {
 	}
 }
 
-// joinURL appends a path to base as net/url does. A path with a dot segment
-// would lead to another place than it says, and is refused.
+// joinURL appends a path to base as net/url does. A path with a dot segment, or
+// with an empty one, which net/url leaves out, would lead to another place than
+// it says, and is refused.
 func joinURL(base, path string) (string, error) {
 	if err := checkPath(path); err != nil {
 		return "", err
+	}
+	if strings.Contains(path, "//") {
+		return "", fmt.Errorf("%w: claim with an empty path segment", ErrMapping)
 	}
 	joined, err := url.JoinPath(base, path)
 	if err != nil {

@@ -181,3 +181,68 @@ func TestIsMailbox(t *testing.T) {
 		}
 	}
 }
+
+// TestHomographs: a name that could pass for another is refused, and an
+// honest one in another script is not.
+func TestHomographs(t *testing.T) {
+	for name, want := range map[string]bool{
+		"alice": true, "alice.smith-2": true, "jörg": true, "ελένη": true, "алиса": true, "山田ハナコ": true, "O'Neill": true,
+		"аlice":        false, // Cyrillic а
+		"alicе":        false, // Cyrillic е
+		"Αlice":        false, // Greek Α
+		"ａｌｉｃｅ":        false, // full width
+		"ﬁona":         false, // a ligature
+		"jo\u0308rg":   false, // not composed
+		"𝐚lice":        false, // mathematical
+		"ⅼice":         false, // a numeral
+		"alice\u00A0b": false, // a space of another kind
+	} {
+		if got := unmistakable(name); got != want {
+			t.Errorf("%q: %v, want %v", name, got, want)
+		}
+	}
+	issuer := Issuer{IssuerURL: "https://idp.example.com", SubjectDomain: "example.com"}
+	c := claims{"iss": "https://idp.example.com", "sub": "аlice"}
+	if _, err := kinds["username"].principal(issuer, c); !errors.Is(err, ErrMapping) {
+		t.Errorf("err %v", err)
+	}
+}
+
+// TestPathsThatCollapse: net/url leaves empty segments out, so that two claims
+// would make one name.
+func TestPathsThatCollapse(t *testing.T) {
+	for path, want := range map[string]bool{"a/b": true, "/a/b": true, "a/b/": true, "a//b": false, "a/b//": false, "//a": false} {
+		if _, err := joinURL("https://example.com", path); (err == nil) != want {
+			t.Errorf("%q: %v", path, err)
+		}
+	}
+}
+
+// TestNumbersInTemplates: an integer that a float64 would round is refused, and
+// has no default.
+func TestNumbersInTemplates(t *testing.T) {
+	k, err := CIMetadata{
+		DefaultTemplateValues:          map[string]string{"id": "1"},
+		SubjectAlternativeNameTemplate: "https://ci.example/{{.id}}",
+	}.kind()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]string{
+		"7": "https://ci.example/7", "9007199254740992": "https://ci.example/9.007199254740992e+15", "1234567": "https://ci.example/1.234567e+06", "0.5": "https://ci.example/0.5",
+		"-0": "https://ci.example/-0", "1000000000000000000000": "https://ci.example/1e+21",
+		"9007199254740993": "", "-9007199254740993": "", "1234567890123456789": "", "123456789012345678901234567890": "",
+	} {
+		c, err := parseClaims([]byte(`{"iss":"https://a.example","sub":"s","id":` + id + `}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := k.principal(Issuer{}, c)
+		switch {
+		case want == "" && !errors.Is(err, ErrMapping):
+			t.Errorf("%s: %v, %v", id, p, err)
+		case want != "" && (err != nil || p.SAN.Value != want):
+			t.Errorf("%s: %v, %v, want %s", id, p, err, want)
+		}
+	}
+}

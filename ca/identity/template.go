@@ -128,8 +128,11 @@ func need(texts map[string]string, name string) (string, error) {
 }
 
 // texts are the claims as texts, over the defaults. Numbers are written as
-// Fulcio writes them: from a float64, integral ones by %v (with an exponent
-// from 1e21 on), others without one. A claim that is null counts as missing.
+// Fulcio writes them: from a float64, integral ones by %v, which gives
+// 1234567 as 1.234567e+06, others without exponent; in a preset, whose texts
+// are ours, an integer stays as it is. An integer that float64 cannot hold would
+// be written as its neighbour, another identity: it counts as missing, without
+// default. A claim that is null counts as missing.
 func (c claims) texts(m CIMetadata) map[string]string {
 	out := make(map[string]string, len(c)+len(m.DefaultTemplateValues)+len(m.fixed))
 	maps.Copy(out, m.DefaultTemplateValues)
@@ -139,7 +142,15 @@ func (c claims) texts(m CIMetadata) map[string]string {
 		case string:
 			out[name] = v
 		case json.Number:
-			out[name] = number(v)
+			text, exact := number(v)
+			switch {
+			case !exact:
+				delete(out, name)
+			case m.fixed != nil && isInteger(v):
+				out[name] = v.String()
+			default:
+				out[name] = text
+			}
 		default:
 			out[name] = fmt.Sprintf("%v", floats(v))
 		}
@@ -148,17 +159,24 @@ func (c claims) texts(m CIMetadata) map[string]string {
 	return out
 }
 
-// number writes one number.
-func number(n json.Number) string {
+// number writes one number; exact is false for an integer that float64 does not
+// hold.
+func number(n json.Number) (text string, exact bool) {
 	f, err := n.Float64()
 	if err != nil {
-		return n.String()
+		return "", false
+	}
+	if isInteger(n) && strconv.FormatFloat(f, 'f', 0, 64) != n.String() {
+		return "", false
 	}
 	if f == math.Trunc(f) {
-		return fmt.Sprintf("%v", f)
+		return fmt.Sprintf("%v", f), true
 	}
-	return strconv.FormatFloat(f, 'f', -1, 64)
+	return strconv.FormatFloat(f, 'f', -1, 64), true
 }
+
+// isInteger says whether a number is written without fraction and exponent.
+func isInteger(n json.Number) bool { return !strings.ContainsAny(n.String(), ".eE") }
 
 // floats turns the numbers in a value into float64, as the standard decoder
 // gives them.

@@ -29,6 +29,7 @@ var algorithms = []string{
 // token is a token that has been taken apart and not yet verified.
 type token struct {
 	raw       string
+	signed    string // the signing input (RFC 7515, Section 5.2): raw without its signature
 	algorithm string // one of algorithms
 	keyID     string // may be empty
 	claims    claims
@@ -57,7 +58,7 @@ func parseToken(raw string) (*token, error) {
 	if err != nil {
 		return nil, refuse("payload is not strict JSON")
 	}
-	t := &token{raw: raw, algorithm: header.text("alg"), keyID: header.text("kid"), claims: payload}
+	t := &token{raw: raw, signed: raw[:len(head)+1+len(body)], algorithm: header.text("alg"), keyID: header.text("kid"), claims: payload}
 	return t, t.checkHeader(header)
 }
 
@@ -70,13 +71,17 @@ func decodeSegment(segment string) (claims, error) {
 }
 
 func (t *token) checkHeader(header claims) error {
+	_, critical := header["crit"]
+	kind := strings.ToLower(header.text("typ"))
 	switch {
 	case !slices.Contains(algorithms, t.algorithm):
 		return refuse("signature algorithm is not allowed")
-	case header["crit"] != nil:
+	case critical:
 		return refuse("header has critical extensions") // RFC 7515, 4.1.11: none is understood
-	case strings.EqualFold(header.text("typ"), "logout+jwt"):
-		return refuse("a logout token is no identity token")
+	case strings.HasSuffix(kind, "+jwt"):
+		// RFC 8725, 3.11: at+jwt, logout+jwt, secevent+jwt and so on say what
+		// they are for; ID tokens have no such type.
+		return refuse("header names another kind of token")
 	}
 	return nil
 }
@@ -102,6 +107,9 @@ func (t *token) check(audience string, now time.Time) error {
 	}
 	if t.claims.text("sub") == "" {
 		return refuse("token has no subject")
+	}
+	if _, given := t.claims["events"]; given {
+		return refuse("token reports events") // RFC 8417; OpenID Connect Back-Channel Logout 1.0, 2.4
 	}
 	return nil
 }

@@ -16,7 +16,9 @@ var ErrUsed = errors.New("identity token used too often")
 // TokenUse names a token without containing it, and says how often it may be
 // used.
 type TokenUse struct {
-	// ID is the SHA-256 of the raw token.
+	// ID is the SHA-256 of what the issuer signed: the token without its
+	// signature. Whoever has a token can write the signature in other ways
+	// that verify too (ECDSA: s and its negative), and would have a new token.
 	ID [sha256.Size]byte
 	// Expires is when the token does.
 	Expires time.Time
@@ -27,7 +29,7 @@ type TokenUse struct {
 // use says how the token may be used.
 func (t *token) use(i Issuer) TokenUse {
 	expires, _ := t.claims.time("exp")
-	return TokenUse{ID: sha256.Sum256([]byte(t.raw)), Expires: expires, MaxUses: i.MaxUses, MaxKeys: i.MaxKeys}
+	return TokenUse{ID: sha256.Sum256([]byte(t.signed)), Expires: expires, MaxUses: i.MaxUses, MaxKeys: i.MaxKeys}
 }
 
 // Uses counts the uses of tokens until they expire, so that a token that was
