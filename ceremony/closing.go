@@ -131,7 +131,7 @@ func (r *run) askWitness(ctx context.Context, s Step, p Person, file File) (witn
 		Why:   "Without enough witnesses' signatures nobody accepts this ceremony.",
 		Facts: append([]Fact{{"file", path}, {"command", SignCommand}},
 			hashFact("checkpoint", r.facts.root)...),
-		Prompt: fmt.Sprintf("Path of the signature, or: %s REASON, or: %s", declinePrefix, later),
+		Prompt: fmt.Sprintf("Path of the signature, or the word %s, or %s and why", later, declinePrefix),
 		Check: func(answer string) error {
 			_, err := r.facts.parseWitness(p, answer)
 			return err

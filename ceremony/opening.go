@@ -28,12 +28,10 @@ func (r *run) begin(ctx context.Context, s Step) error {
 	}
 	if r.def.Environment == Production { // a rehearsal loads its own
 		for _, name := range r.def.modulesHere() {
-			if data.Modules[name], err = hashFile(r.def.Modules[name].Path); err != nil {
-				return fmt.Errorf("hash module %s: %w", name, err)
+			if err := r.def.Modules[name].Check(); err != nil {
+				return fmt.Errorf("module %s: %w", name, err)
 			}
-			if data.Modules[name] != r.def.Modules[name].SHA256 {
-				return fmt.Errorf("module %s has SHA-256 %s: %w", name, data.Modules[name], ErrModule)
-			}
+			data.Modules[name] = r.def.Modules[name].SHA256
 		}
 	}
 	if err := r.record(s, Done, data); err != nil {
@@ -45,6 +43,19 @@ func (r *run) begin(ctx context.Context, s Step) error {
 		facts = append(facts, Fact{"program", data.Binary})
 	}
 	return r.show(ctx, "Read the words aloud; everyone compares them with their paper.", facts...)
+}
+
+// Check compares the library's file with its hash. Whoever loads the library
+// checks it before: a library that is loaded has run. Errors: ErrModule.
+func (m Module) Check() error {
+	sum, err := hashFile(m.Path)
+	if err != nil {
+		return fmt.Errorf("hash %s: %w", m.Path, err)
+	}
+	if sum != m.SHA256 {
+		return fmt.Errorf("%s has SHA-256 %s: %w", m.Path, sum, ErrModule)
+	}
+	return nil
 }
 
 // presentPurpose is what a person's words of the definition are asked for.
@@ -64,7 +75,7 @@ func (r *run) gather(ctx context.Context, s Step) error {
 			ID: s.ID + ":" + p.ID, Person: p.ID, Confirmation: true,
 			Title:  p.label() + " takes part.",
 			Why:    "The words come from your own paper, not from the screen: they say that you agreed to this definition.",
-			Prompt: c.prompt() + " of the definition, or: " + absent,
+			Prompt: c.prompt() + " of the definition, or the word " + absent,
 			Check: func(answer string) error {
 				if answer == absent {
 					return nil

@@ -33,9 +33,10 @@ type console struct {
 	color    bool
 	clock    func() (time.Time, error)
 
-	stage string
-	began time.Time // of the stage
-	steps int       // done in the stage, by this run
+	stage   string
+	began   time.Time // of the stage
+	steps   int       // done in the stage, by this run
+	started time.Time // of the step
 }
 
 // newConsole talks through in and out.
@@ -197,8 +198,8 @@ func (c *console) secretOf(ctx context.Context, what string) ([]byte, error) {
 	return []byte(line), err
 }
 
-// progress prints one line when a step begins, with the time, and a summary
-// when a stage is over.
+// progress prints a line with the time when a step begins and one when it is
+// done, and a summary when a stage is over.
 func (c *console) progress(e ceremony.Event) {
 	switch {
 	case e.Skipped && e.Done:
@@ -206,6 +207,7 @@ func (c *console) progress(e ceremony.Event) {
 	case e.Skipped:
 	case e.Done:
 		c.steps++
+		c.line("%*sok, %s", stepIndent, "", seconds(time.Since(c.started)))
 		if e.Index == e.Total {
 			c.endStage()
 		}
@@ -225,15 +227,14 @@ func (c *console) beginStep(e ceremony.Event) {
 	if now, err := c.clock(); err == nil {
 		at = now.UTC().Format(time.TimeOnly)
 	}
+	c.started = time.Now()
 	c.line("")
 	c.step(e.Index, e.Total, at, e.Step.Title)
-	if e.Step.Why != "" {
-		const indent = "        "
-		for _, l := range wrap(e.Step.Why, width-len(indent)) {
-			c.line("%s%s", indent, l)
-		}
-	}
+	c.indented(stepIndent, e.Step.Why)
 }
+
+// stepIndent is where what belongs to a step begins.
+const stepIndent = 8
 
 // endStage says what the stage was.
 func (c *console) endStage() {

@@ -133,3 +133,23 @@ func TestPINFiles(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// A library that is not the definition's is not loaded, nor is a PIN asked for,
+// in a resumed ceremony either.
+func TestModuleIsCheckedFirst(t *testing.T) {
+	library := filepath.Join(t.TempDir(), "lib.so")
+	if err := os.WriteFile(library, []byte("not what was agreed on"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	source := &tokenSource{def: &ceremony.Definition{
+		Environment: ceremony.Production,
+		Modules:     map[string]ceremony.Module{"m": {Path: library, SHA256: strings.Repeat("0", 64)}},
+		Tokens:      map[string]ceremony.Token{"root": {URI: "pkcs11:token=root", Module: "m"}},
+	}}
+	if _, err := source.inspect(t.Context(), "root"); !errors.Is(err, ceremony.ErrModule) {
+		t.Errorf("inspect: %v, want ErrModule", err)
+	}
+	if _, err := source.open(t.Context(), "root"); !errors.Is(err, ceremony.ErrModule) {
+		t.Errorf("open: %v, want ErrModule", err)
+	}
+}

@@ -135,6 +135,9 @@ func (p *printer) box(text string) {
 // indented prints texts, each broken at spaces.
 func (p *printer) indented(n int, texts ...string) {
 	for _, text := range texts {
+		if text == "" {
+			continue
+		}
 		for _, l := range wrap(text, width-n) {
 			p.line("%*s%s", n, "", l)
 		}

@@ -48,35 +48,41 @@ func (s *tokenSource) inspect(ctx context.Context, name string) (hsm.Inspection,
 	return inspectPKCS11(ctx, module, uri)
 }
 
-// open logs in to a token. The PIN is read here and nowhere else, and is wiped
-// after.
+// open logs in to a token.
 func (s *tokenSource) open(ctx context.Context, name string) (hsm.Token, error) {
 	folder, device, isTPM, err := s.tpm(ctx, name)
+	switch {
+	case err != nil:
+		return nil, err
+	case isTPM:
+		return s.openTPM(ctx, name, folder, device)
+	}
+	module, uri, err := s.pkcs11(name) // before anybody types a PIN
 	if err != nil {
 		return nil, err
-	}
-	if isTPM {
-		if err := os.MkdirAll(folder, 0o700); err != nil {
-			return nil, fmt.Errorf("make folder of key files: %w", err)
-		}
 	}
 	pin, err := s.pin(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(pin)
-	if isTPM {
-		tok, err := tpm.Open(ctx, tpm.Config{Device: device, Dir: folder, Auth: pin})
-		if err != nil {
-			return nil, err // not a nil *Token in an interface
-		}
-		return tok, nil
+	return openPKCS11(ctx, module, uri, pin)
+}
+
+func (s *tokenSource) openTPM(ctx context.Context, name, folder, device string) (hsm.Token, error) {
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of key files: %w", err)
 	}
-	module, uri, err := s.pkcs11(name)
+	auth, err := s.pin(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	return openPKCS11(ctx, module, uri, pin)
+	defer clear(auth)
+	tok, err := tpm.Open(ctx, tpm.Config{Device: device, Dir: folder, Auth: auth})
+	if err != nil {
+		return nil, err // not a nil *Token in an interface
+	}
+	return tok, nil
 }
 
 // pin is what opens the token. A rehearsal makes it.
@@ -92,7 +98,8 @@ func (s *tokenSource) pin(ctx context.Context, name string) ([]byte, error) {
 func (s *tokenSource) pkcs11(name string) (module, uri string, err error) {
 	t := s.def.Tokens[name]
 	if s.def.Environment != ceremony.Rehearsal {
-		return s.def.Modules[t.Module].Path, t.URI, nil
+		m := s.def.Modules[t.Module]
+		return m.Path, t.URI, m.Check()
 	}
 	pin, err := loadPIN(filepath.Join(s.dir, pinsFolder, name))
 	if err != nil {
