@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
@@ -40,8 +42,8 @@ const inspectTime = 5 * time.Second
 // Inspect describes the TPM at device, an absolute path, without authorisation
 // and without key files: the folder of Token is not known, so its Label is "".
 // Mechanisms are the elliptic curves (Part 2, Section 6.4) and the signature
-// schemes and hashes that matter to us. Errors: ErrLost, also when the TPM is an
-// emulator that another program uses.
+// schemes and hashes that matter to us. Errors: ErrURI (the path is not absolute
+// and clean), ErrLost, also when the TPM is an emulator that another program uses.
 func Inspect(ctx context.Context, device string) (hsm.Inspection, error) {
 	if err := clean(device); err != nil {
 		return hsm.Inspection{}, fmt.Errorf("inspect TPM: %.80q: %w", device, err)
@@ -89,7 +91,7 @@ var algorithmNames = []struct {
 }
 
 // mechanisms lists the curves and algorithms of the TPM that have a name here,
-// in the order of the tables.
+// by name.
 func (c *connection) mechanisms() ([]hsm.Mechanism, error) {
 	rsp, err := run(c, tpm2.GetCapability{Capability: tpm2.TPMCapECCCurves, PropertyCount: 64})
 	if err != nil {
@@ -125,6 +127,7 @@ func (c *connection) mechanisms() ([]hsm.Mechanism, error) {
 			all = append(all, hsm.Mechanism{Name: algorithm.name})
 		}
 	}
+	slices.SortFunc(all, func(a, b hsm.Mechanism) int { return strings.Compare(a.Name, b.Name) })
 	return all, nil
 }
 
@@ -147,9 +150,9 @@ func (t *Token) Look(ctx context.Context, uri string) (hsm.Ref, error) {
 	return hsm.Ref{URI: uri, SPKI: k.ref.SPKI}, nil
 }
 
-// List describes every key file of the folder, and has the TPM load each. Keys
-// at persistent handles are not listed: which of them are ours only a Ref says.
-// See hsm.Lister.
+// List describes every key file of the folder, and has the TPM load each key that
+// is not loaded. Keys at persistent handles are not listed: which of them are ours
+// only a Ref says. See hsm.Lister.
 func (t *Token) List(ctx context.Context) ([]hsm.Listing, error) {
 	labels, err := t.files.labels()
 	if err != nil {
