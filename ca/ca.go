@@ -101,7 +101,7 @@ type Submitter interface {
 	// Submit returns the TLS-encoded SignedCertificateTimestamp that the log
 	// answers with. precert is the DER precertificate and chain its issuers,
 	// root last. What comes back is not trusted: the Authority verifies it
-	// with Config.LogKey.
+	// with Config.LogKeys.
 	Submit(ctx context.Context, precert []byte, chain [][]byte) (sct []byte, err error)
 }
 
@@ -123,10 +123,13 @@ type Config struct {
 	// one is given.
 	SCTs      SCTSource
 	Submitter Submitter
-	// LogKey is the log's public key, with which every SCT is verified before
-	// its certificate is signed. A log elsewhere needs it. Without it the SCT
-	// of SCTs is trusted as the source returns it.
+	// LogKey is the public key of the log in this process, with which every SCT
+	// is verified before its certificate is signed. Without it the SCT of SCTs
+	// is trusted as the source returns it.
 	LogKey crypto.PublicKey
+	// LogKeys are those of the logs elsewhere, of which Submitter has one give
+	// the SCT. It needs them.
+	LogKeys []crypto.PublicKey
 	// Now is the one clock; an error refuses every request.
 	Now func() (time.Time, error)
 	// Lifetime is notAfter − notBefore, whole seconds, at most
@@ -213,8 +216,8 @@ func (c Config) check() error {
 		return errors.New("key and clock are required")
 	case (c.SCTs == nil) == (c.Submitter == nil):
 		return errors.New("one log is required, here or elsewhere")
-	case c.Submitter != nil && c.LogKey == nil:
-		return errors.New("a log elsewhere needs its public key")
+	case (c.Submitter != nil) != (len(c.LogKeys) > 0) || c.Submitter != nil && c.LogKey != nil:
+		return errors.New("logs elsewhere need their public keys, and they alone")
 	case c.Lifetime < time.Second || c.Lifetime%time.Second != 0:
 		return fmt.Errorf("lifetime %v is not a positive number of whole seconds", c.Lifetime)
 	case c.Lifetime > profile.MaxLifetime:
@@ -431,8 +434,8 @@ func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf, granted *gra
 	if err != nil {
 		return nil, fmt.Errorf("submit precertificate: %w", classify(ErrLog, err))
 	}
-	if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
-		return nil, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
+	if err := a.checkElsewhere(leaf, sct); err != nil {
+		return nil, err
 	}
 	err = together(ctx,
 		func(ctx context.Context) (err error) {
@@ -441,6 +444,16 @@ func (a *Authority) submit(ctx context.Context, leaf *profile.Leaf, granted *gra
 		},
 		func(ctx context.Context) error { return a.allow(ctx, granted) })
 	return der, err
+}
+
+// checkElsewhere wants an SCT for this leaf by one of the logs elsewhere.
+func (a *Authority) checkElsewhere(leaf *profile.Leaf, sct []byte) (err error) {
+	for _, key := range a.cfg.LogKeys {
+		if err = leaf.CheckSCT(sct, key); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("check SCT: %w: %w", ErrLog, err)
 }
 
 func (a *Authority) certificate(leaf *profile.Leaf, der []byte, index *uint64) *Certificate {

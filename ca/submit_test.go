@@ -3,6 +3,7 @@ package ca_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -50,6 +51,7 @@ func (e elsewhere) Submit(ctx context.Context, precert []byte, chain [][]byte) (
 func (f *fixture) Elsewhere() ca.Config {
 	cfg := f.Config()
 	cfg.SCTs, cfg.Submitter = nil, elsewhere{log: f.Log}
+	cfg.LogKey, cfg.LogKeys = nil, []crypto.PublicKey{hsmtest.SoftwareKey(hsm.ECDSAP256).Public(), f.LogKey.Public()}
 	return cfg
 }
 
@@ -84,7 +86,9 @@ func TestLogElsewhereRefuses(t *testing.T) {
 		spoil func(f *fixture, cfg *ca.Config)
 		want  error
 	}{
-		{"another log's key", func(_ *fixture, cfg *ca.Config) { cfg.LogKey = hsmtest.SoftwareKey(hsm.ECDSAP256).Public() }, ca.ErrLog},
+		{"another log's key", func(_ *fixture, cfg *ca.Config) {
+			cfg.LogKeys = []crypto.PublicKey{hsmtest.SoftwareKey(hsm.ECDSAP256).Public()}
+		}, ca.ErrLog},
 		{"tampered SCT", func(f *fixture, _ *ca.Config) {
 			f.Log.Tamper = func(sct []byte) []byte { sct[40] ^= 1; return sct }
 		}, ca.ErrLog},
@@ -112,9 +116,11 @@ func TestLogElsewhereRefuses(t *testing.T) {
 func TestNewWantsOneLog(t *testing.T) {
 	f := newFixture(t)
 	for name, change := range map[string]func(*ca.Config){
-		"none":                      func(c *ca.Config) { c.SCTs = nil },
-		"two":                       func(c *ca.Config) { c.Submitter = elsewhere{log: f.Log} },
-		"one elsewhere, no key for": func(c *ca.Config) { c.SCTs, c.Submitter, c.LogKey = nil, elsewhere{log: f.Log}, nil },
+		"none":                           func(c *ca.Config) { c.SCTs = nil },
+		"two":                            func(c *ca.Config) { c.Submitter = elsewhere{log: f.Log} },
+		"one elsewhere, no key for":      func(c *ca.Config) { c.SCTs, c.Submitter, c.LogKey = nil, elsewhere{log: f.Log}, nil },
+		"one elsewhere, key of one here": func(c *ca.Config) { c.SCTs, c.Submitter = nil, elsewhere{log: f.Log} },
+		"one here, key of one elsewhere": func(c *ca.Config) { c.LogKeys = []crypto.PublicKey{f.LogKey.Public()} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := f.Config()

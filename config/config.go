@@ -191,9 +191,17 @@ type CT struct {
 	// Roots are PEM files of certificates to which a submitted chain may lead
 	// beside this service's own root: those of CAs elsewhere that use this log.
 	Roots []string `yaml:"roots"`
-	// URL is the base URL of a log elsewhere, https; Key the PEM file of its
-	// public key. With them this service has no CT log of its own, and none of
-	// the fields above.
+	// LogElsewhere is a log elsewhere. With it this service has no CT log of its
+	// own, and none of the fields above.
+	LogElsewhere `yaml:",inline"`
+	// Others are further logs elsewhere, each with a key of its own: one of
+	// all gives the SCT, the next when one does not answer. At most 7.
+	Others []LogElsewhere `yaml:"others"`
+}
+
+// LogElsewhere is a CT log that is known by its URL and key.
+type LogElsewhere struct {
+	// URL is the log's base URL, https; Key the PEM file of its public key.
 	URL string `yaml:"url"`
 	Key string `yaml:"key"`
 	// TLSRoots is a PEM file of the authorities of that log's TLS certificate;
@@ -202,7 +210,7 @@ type CT struct {
 }
 
 // Elsewhere says whether the log is not of this service.
-func (c *CT) Elsewhere() bool { return c.URL != "" || c.Key != "" || c.TLSRoots != "" }
+func (c *CT) Elsewhere() bool { return c.LogElsewhere != (LogElsewhere{}) || len(c.Others) > 0 }
 
 // Rekor names a shard of the signature log and says who may write to it.
 type Rekor struct {
@@ -281,6 +289,9 @@ func (c *Config) resolve(dir string) {
 	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.State, &c.Trust, &c.CT.Key, &c.CT.TLSRoots, &c.CA.FulcioConfig}
 	for i := range c.CT.Roots {
 		paths = append(paths, &c.CT.Roots[i])
+	}
+	for i := range c.CT.Others {
+		paths = append(paths, &c.CT.Others[i].Key, &c.CT.Others[i].TLSRoots)
 	}
 	for _, path := range paths {
 		if *path != "" && !filepath.IsAbs(*path) {
@@ -500,14 +511,30 @@ func (c *CT) finish(host string) error {
 		}
 		return c.Log.finish("ct", host+"/ct/"+c.Shard)
 	}
-	u, err := url.Parse(c.URL)
+	if c.Log != (Log{}) || len(c.Roots) > 0 {
+		return errors.New("ct: url, key, tls-roots and others name logs elsewhere; shard, origin, counter and roots are of a log here")
+	}
+	if err := c.LogElsewhere.check("ct"); err != nil {
+		return err
+	}
+	if len(c.Others) > 7 {
+		return fmt.Errorf("ct.others: %d logs, at most 7", len(c.Others))
+	}
+	for i := range c.Others {
+		if err := c.Others[i].check(fmt.Sprintf("ct.others[%d]", i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *LogElsewhere) check(name string) error {
+	u, err := url.Parse(l.URL)
 	switch {
-	case c.Log != (Log{}) || len(c.Roots) > 0:
-		return errors.New("ct: url, key and tls-roots name a log elsewhere; shard, origin, counter and roots are of a log here")
 	case err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.User != nil:
-		return fmt.Errorf("ct.url: %.200q, want https://HOST[:PORT][/PATH]", c.URL)
-	case c.Key == "":
-		return errors.New("ct.key: missing: the public key of the log at ct.url")
+		return fmt.Errorf("%s.url: %.200q, want https://HOST[:PORT][/PATH]", name, l.URL)
+	case l.Key == "":
+		return fmt.Errorf("%s.key: missing: the public key of the log at %[1]s.url", name)
 	}
 	return nil
 }

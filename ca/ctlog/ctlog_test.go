@@ -112,7 +112,7 @@ func (f *fixture) issue(t testing.TB, cfg ctlog.Config) (*ca.Certificate, error)
 	}
 	defer l.Close()
 	a, err := ca.New(ca.Config{
-		Key: f.key, Chain: f.chain, Submitter: l, LogKey: cfg.Key,
+		Key: f.key, Chain: f.chain, Submitter: l, LogKeys: []crypto.PublicKey{cfg.Key},
 		Now: func() (time.Time, error) { return catest.Noon, nil },
 	})
 	if err != nil {
@@ -361,7 +361,7 @@ func TestErr(t *testing.T) {
 	}
 	defer l.Close()
 	a, err := ca.New(ca.Config{
-		Key: f.key, Chain: f.chain, Submitter: l, LogKey: f.oracle.Key,
+		Key: f.key, Chain: f.chain, Submitter: l, LogKeys: []crypto.PublicKey{f.oracle.Key},
 		Now: func() (time.Time, error) { return catest.Noon, nil },
 	})
 	if err != nil {

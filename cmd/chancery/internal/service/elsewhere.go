@@ -17,35 +17,50 @@ import (
 // certificateLog is the CT log of the certificate authority: here or elsewhere.
 type certificateLog struct {
 	here      ca.SCTSource
+	key       crypto.PublicKey // of the log here
 	elsewhere ca.Submitter
-	key       crypto.PublicKey // with which its SCTs verify
+	keys      []crypto.PublicKey // of the logs elsewhere
 }
 
-// certificateLog joins the authority to our log, or to the configured log
+// certificateLog joins the authority to our log, or to the configured logs
 // elsewhere when ours is nil.
 func (s *Service) certificateLog(ours *ct.Log) (certificateLog, error) {
 	if ours != nil {
 		return certificateLog{here: sctSource{ours}, key: s.keys[hsm.RoleCT].Public()}, nil
 	}
-	key, err := readPublicKey(s.cfg.CT.Key)
+	var logs []*ctlog.Log
+	for _, where := range append([]config.LogElsewhere{s.cfg.CT.LogElsewhere}, s.cfg.CT.Others...) {
+		log, err := s.logElsewhere(where)
+		if err != nil {
+			return certificateLog{}, err
+		}
+		logs = append(logs, log)
+	}
+	group, err := ctlog.NewGroup(logs...)
 	if err != nil {
 		return certificateLog{}, err
 	}
-	cfg := ctlog.Config{URL: s.cfg.CT.URL, Key: key, Now: s.clock.Now}
-	if s.cfg.CT.TLSRoots != "" {
-		roots, err := readChain(s.cfg.CT.TLSRoots)
+	s.elsewhere = group
+	return certificateLog{elsewhere: group, keys: group.Keys()}, nil
+}
+
+func (s *Service) logElsewhere(where config.LogElsewhere) (*ctlog.Log, error) {
+	key, err := readPublicKey(where.Key)
+	if err != nil {
+		return nil, err
+	}
+	cfg := ctlog.Config{URL: where.URL, Key: key, Now: s.clock.Now}
+	if where.TLSRoots != "" {
+		roots, err := readChain(where.TLSRoots)
 		if err != nil {
-			return certificateLog{}, err
+			return nil, err
 		}
 		cfg.Roots = x509.NewCertPool()
 		for _, root := range roots {
 			cfg.Roots.AddCert(root)
 		}
 	}
-	if s.elsewhere, err = ctlog.New(cfg); err != nil {
-		return certificateLog{}, err
-	}
-	return certificateLog{elsewhere: s.elsewhere, key: key}, nil
+	return ctlog.New(cfg)
 }
 
 // readPublicKey reads a PEM file that holds one PKIX public key.

@@ -88,8 +88,8 @@ type Service struct {
 	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
 	grpc     *grpc.Server // nil for a service that is a CT log alone
-	// elsewhere is the CT log if it is not one of logs, else nil.
-	elsewhere *ctlog.Log
+	// elsewhere are the CT logs if ours is not one of logs, else nil.
+	elsewhere *ctlog.Group
 	// tuf is nil when the ceremony made no TUF repository.
 	tuf *tuf.Mirror
 
@@ -152,7 +152,7 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 		return err
 	}
 	if err := s.openAudit(timestamps); err != nil {
-		return missing(err)
+		return err
 	}
 	authority, err := s.openCA(ctx, chain, source, opts)
 	if err != nil {
@@ -327,7 +327,7 @@ func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log cer
 		return nil, fmt.Errorf("read policy: %w", err)
 	}
 	authority, err := ca.New(ca.Config{
-		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: log.here, Submitter: log.elsewhere, LogKey: log.key,
+		Key: s.keys[hsm.RoleIntermediate], Chain: chain, SCTs: log.here, Submitter: log.elsewhere, LogKey: log.key, LogKeys: log.keys,
 		Policy: rules, Uses: identity.NewUses(maxTokens), Audit: s.audit,
 		Now: s.clock.Now, Lifetime: s.cfg.CA.Lifetime, Logger: s.log,
 	})
