@@ -99,11 +99,8 @@ func (c *console) Ask(ctx context.Context, q ceremony.Question) (string, error) 
 	if q.Practice != "" {
 		c.paragraph("", "(Rehearsal: an empty answer stands for the right one.)")
 	}
-	lines := wrap(q.Prompt+":", width-2)
-	for _, l := range lines[:len(lines)-1] {
-		c.line("%s", c.styled(bold, l))
-	}
-	return c.read(ctx, c.styled(bold, lines[len(lines)-1])+" ", q.Secret)
+	c.paragraph(bold, q.Prompt+":")
+	return c.read(ctx, c.styled(bold, ">")+" ", q.Secret) // the answer has a line of its own
 }
 
 // read prints prompt and reads a line, without echo if it is secret: the echo

@@ -91,7 +91,7 @@ func TestDefinitionChanged(t *testing.T) {
 	r := newRoom(t, nil)
 	d := r.run()
 	r.arrive(d, "ca1", "w1", "w2")
-	d.wait(`as\s+HH:MM: `)
+	d.wait(`as\s+HH:MM:\s+> `)
 	d.interrupt()
 	d.exit()
 	copied := filepath.Join(r.out(), "definition.yaml")

@@ -162,7 +162,7 @@ func words(text string, numbers ...string) string {
 	return strings.Join(picked, " ")
 }
 
-const askedWords = `Type words (\d+), (\d+) and (\d+)[^:]*:`
+const askedWords = `Type words (\d+), (\d+) and (\d+)[^:]*:\s+> `
 
 // arrive has everybody type their words from paper.
 func (r *room) arrive(d *dialogue, people ...string) {
@@ -177,7 +177,7 @@ func (r *room) arrive(d *dialogue, people ...string) {
 func watches(d *dialogue) {
 	d.t.Helper()
 	for range 2 {
-		d.wait(`as\s+HH:MM: `)
+		d.wait(`as\s+HH:MM:\s+> `)
 		d.say(time.Now().UTC().Format("15:04"))
 	}
 }
@@ -226,19 +226,19 @@ func TestProduction(t *testing.T) {
 	d.wait(askedWords)
 	d.say(strings.ToUpper(words(r.printed, n[1:]...)))
 	r.arrive(d, "w1", "w2")
-	d.wait(`as\s+HH:MM: `)
+	d.wait(`as\s+HH:MM:\s+> `)
 	d.say(time.Now().UTC().Add(17 * time.Minute).Format("15:04"))
 	d.wait("differ by 17m0s")
 	watches(d)
 	d.wait("acme-root")
 	d.wait(`PIN of token root .nothing is shown.: `)
 	d.say(r.pins["root"])
-	d.wait(`nothing is shown`)
+	d.wait(`nothing is shown[^>]*> `)
 	d.say("73 is not a share")
 	d.wait("Not accepted")
-	d.wait(`nothing is shown`)
+	d.wait(`nothing is shown[^>]*> `)
 	d.say(strings.Repeat("0f", 32))
-	d.wait(`nothing is shown`)
+	d.wait(`nothing is shown[^>]*> `)
 	d.say("file:" + share)
 	certificates(d, 2)
 	d.wait(askedWords)
@@ -254,12 +254,12 @@ func TestProduction(t *testing.T) {
 	d2.wait(`PIN of token root`)
 	d2.say(r.pins["root"])
 	certificates(d2, 1)
-	d2.wait("Path of the signature")
+	d2.wait(`Path of the signature[^>]*> `)
 	d2.say("/nowhere")
 	d2.wait("Not accepted")
-	d2.wait("Path of the signature")
+	d2.wait(`Path of the signature[^>]*> `)
 	d2.say(r.sign("w1"))
-	d2.wait("Path of the signature")
+	d2.wait(`Path of the signature[^>]*> `)
 	d2.say("later")
 	if status := d2.exit(); status != exitFailed || !strings.Contains(d2.text(), "--signature FILE") {
 		t.Errorf("waiting for a witness: status %d\n%s", status, d2.text()[d2.read:])
@@ -366,7 +366,7 @@ func TestProductionRefused(t *testing.T) {
 		{"a clock that two watches refuse", nil, func(r *room, d *dialogue) {
 			r.arrive(d, "ca1", "w1", "w2")
 			for range 5 {
-				d.wait(`as\s+HH:MM: `)
+				d.wait(`as\s+HH:MM:\s+> `)
 				d.say(time.Now().Add(time.Hour).UTC().Format("15:04"))
 			}
 		}, "no acceptable answer", exitFailed},
@@ -492,10 +492,10 @@ func TestAbort(t *testing.T) {
 	d.wait("go on with")
 	d.exit()
 	a := inTerminal(t, r.command("abort", r.out(), "--as", "ca1", "--reason", "the fire alarm rang"))
-	a.wait("Type the ceremony's id")
+	a.wait(`Type the ceremony's id[^>]*> `)
 	a.say("acme-genesis-2026")
 	for _, id := range []string{"w1", "w2"} {
-		a.wait("Path of the signature")
+		a.wait(`Path of the signature[^>]*> `)
 		a.say(r.sign(id))
 	}
 	a.wait("the record of it is in")
