@@ -60,6 +60,9 @@
 //	seed        each token: the seed, if it takes one
 //	key         intent; generate; read back; attest; self-test
 //	certificate intent with the TBS; confirmation; signature
+//	custodians  their public keys, pinned by the definition (with a TUF repository)
+//	tuf         root and targets, signed by custodians in any order
+//	tuf-online  snapshot and timestamp, signed by the online key
 //	outputs     hashes of the files; then the files
 //	checkpoint  log out; the tree over all lines so far
 //	witnesses   signatures or refusals, in any order, over any number of runs

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/hsm"
@@ -38,8 +39,12 @@ func TestTPM(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build without cgo: %v\n%s", err, out)
 	}
+	began := time.Now()
 	if out, err := exec.CommandContext(t.Context(), bin, "verify", r.out()).CombinedOutput(); err != nil {
 		t.Errorf("verify: %v\n%s", err, out)
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("verify took %s, want 2 s at most", took)
 	}
 	attested(t, r.out(), "inter-g1")
 }
