@@ -17,7 +17,7 @@ GROWTH      ?= 10000000
 POINTS      ?= 2000
 
 # Debian packages, each with a command or file that shows it is there.
-PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkcs11-1 libtpm2-pkcs11-tools libnss3 libnss3-tools p11-kit openssl strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl
+PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkcs11-1 libtpm2-pkcs11-tools libnss3 libnss3-tools p11-kit openssl openssh-client strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
