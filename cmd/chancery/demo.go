@@ -46,6 +46,7 @@ func newDemo() *cobra.Command {
 
 func runDemo(ctx context.Context, out io.Writer, opts demo.Options, once bool) (err error) {
 	widen()
+	tuneMemory(ctx, opts.Logger)
 	p := &printer{w: out}
 	opts.Step = p.step
 	opts.Logger = opts.Logger.With(slog.String("part", "demo"))
@@ -71,7 +72,7 @@ func demoHint(err error) error {
 	case errors.Is(err, demo.ErrIncomplete):
 		return hint(err, "name another folder with --dir, or remove this one")
 	}
-	return err
+	return startHint(err)
 }
 
 // signAndVerify does what a developer and a user of the software would do.

@@ -17,6 +17,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
+	"github.com/chancery-ca/chancery/ca/audit"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/config"
 )
@@ -58,6 +59,7 @@ func widen() {
 // serve runs the service until ctx ends and reports its life to systemd.
 func serve(ctx context.Context, cfg *config.Config, logger *slog.Logger) (err error) {
 	widen()
+	tuneMemory(ctx, logger)
 	s, err := service.Open(ctx, cfg, service.Options{Logger: logger})
 	if err != nil {
 		return startHint(err)
@@ -104,8 +106,13 @@ func notify(logger *slog.Logger, state string) {
 
 // startHint says what usually mends a start that failed.
 func startHint(err error) error {
-	if errors.Is(err, service.ErrNoLogs) {
+	switch {
+	case errors.Is(err, service.ErrNoLogs):
 		return hint(err, "a new service needs its logs made once: chancery init --config FILE")
+	case errors.Is(err, audit.ErrNotFound):
+		return hint(err, "the state of a version without an audit gets one by: chancery init --add --config FILE; one that is gone is to be restored")
+	case errors.Is(err, audit.ErrDamaged):
+		return hint(err, "chancery audit verify says where; what to do is in ca/README.md")
 	}
 	return err
 }
@@ -115,13 +122,13 @@ func newInit() *cobra.Command {
 	var add bool
 	cmd := &cobra.Command{
 		Use:   "init --config FILE",
-		Short: "Create the empty logs of a new service, once",
-		Long: "Create the empty logs and their anchors in the state folder, and in a TPM the\n" +
-			"counters to which the configuration binds them. A log begins only here: serve\n" +
-			"refuses to run without one, so that a lost disk is noticed. When one of the logs\n" +
-			"exists nothing is made.\n\n" +
-			"--add makes the logs that do not exist, for a new shard, and keeps the others as\n" +
-			"they are. A log of which the tree or the anchor is missing is never completed.",
+		Short: "Create the empty logs and the audit of a new service, once",
+		Long: "Create the empty logs, their anchors and the audit in the state folder, and in a\n" +
+			"TPM the counters to which the configuration binds them. A log and the audit begin\n" +
+			"only here: serve refuses to run without one, so that a lost disk is noticed. When\n" +
+			"one of them exists nothing is made.\n\n" +
+			"--add makes what does not exist, a new shard or the audit, and keeps the others\n" +
+			"as they are. A log of which the tree or the anchor is missing is never completed.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(path)
@@ -138,16 +145,20 @@ func newInit() *cobra.Command {
 			if err := service.Create(cmd.Context(), cfg, service.Options{Logger: logger}); err != nil {
 				return initHint(err, cfg)
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "created   logs %s in %s\n", strings.Join(service.Logs(cfg), " and "), cfg.State)
-			return err
+			p := &printer{w: cmd.OutOrStdout()}
+			p.printf("created   logs %s in %s\n", strings.Join(service.Logs(cfg), " and "), cfg.State)
+			if service.HasAudit(cfg) {
+				p.printf("created   the audit in %s\n", service.AuditDir(cfg))
+			}
+			return p.err
 		},
 	}
 	addConfigFlag(cmd, &path)
-	cmd.Flags().BoolVar(&add, "add", false, "make the logs that are missing, keep the others")
+	cmd.Flags().BoolVar(&add, "add", false, "make what is missing, keep what is there")
 	return cmd
 }
 
-// addLogs is init --add: one line for each log.
+// addLogs is init --add: one line for each log, and for the audit.
 func addLogs(cmd *cobra.Command, cfg *config.Config, logger *slog.Logger) error {
 	made, kept, err := service.Add(cmd.Context(), cfg, service.Options{Logger: logger})
 	p := &printer{w: cmd.OutOrStdout()}
@@ -169,6 +180,8 @@ func initHint(err error, cfg *config.Config) error {
 		return hint(err, "name another index; or if it is no log's, remove it with: tpm2_nvundefine INDEX")
 	case errors.Is(err, service.ErrLogExists):
 		return hint(err, "logs that exist are kept; for a further shard: chancery init --add")
+	case errors.Is(err, audit.ErrExists):
+		return hint(err, "is %s the state of another service? to keep its audit and go on: chancery init --add", cfg.State)
 	}
 	return hint(err, "if the service is running, stop it first")
 }
