@@ -1,0 +1,137 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestSoak keeps a service under load for CHANCERY_SOAK (a duration; default
+// 8 s) and wants its memory, threads and open files as flat at the end as they
+// were after the first quarter.
+func TestSoak(t *testing.T) {
+	lasts := 8 * time.Second
+	if text := os.Getenv("CHANCERY_SOAK"); text != "" {
+		var err error
+		if lasts, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const (
+		clients = 8
+		pause   = 60 * time.Millisecond // about 130 certificates a second in all
+		// growth is what may come on top in half of the time: the logs' indices
+		// grow, the collector breathes.
+		growth = 12.0 // MiB
+	)
+	d := startDemo(t, filepath.Join(t.TempDir(), "demo"))
+	key := freshKey(t)
+	ctx, cancel := context.WithTimeout(t.Context(), lasts)
+	defer cancel()
+
+	var body atomic.Pointer[[]byte]
+	renew := func() {
+		b := signingRequest(t, key, d.token(nil), user)
+		body.Store(&b)
+	}
+	renew()
+	var issued, failed atomic.Int64
+	var load sync.WaitGroup
+	for range clients {
+		load.Go(func() {
+			tick := time.NewTicker(pause)
+			defer tick.Stop()
+			for ctx.Err() == nil {
+				if d.issues(*body.Load()) {
+					issued.Add(1)
+				} else {
+					failed.Add(1)
+				}
+				select {
+				case <-ctx.Done():
+				case <-tick.C:
+				}
+			}
+		})
+	}
+	samples := d.sample(ctx, lasts, renew)
+	cancel()
+	load.Wait()
+	t.Logf("%d certificates in %v, %d refused", issued.Load(), lasts, failed.Load())
+	if issued.Load() == 0 || failed.Load()*100 > issued.Load() {
+		t.Errorf("%d issued, %d not", issued.Load(), failed.Load())
+	}
+	if len(samples) < 16 {
+		t.Fatalf("%d samples", len(samples))
+	}
+	early, late := samples[len(samples)/4:len(samples)/2], samples[3*len(samples)/4:]
+	for name, of := range map[string]func(sample) float64{
+		"MiB": func(s sample) float64 { return s.rss }, "threads": func(s sample) float64 { return s.threads }, "open files": func(s sample) float64 { return s.files },
+	} {
+		before, after := median(early, of), median(late, of)
+		t.Logf("%s: %.1f in the second quarter, %.1f in the last", name, before, after)
+		if after > before+growth {
+			t.Errorf("%s grew from %.1f to %.1f", name, before, after)
+		}
+	}
+}
+
+// issues asks for one certificate.
+func (d *demo) issues(body []byte) bool {
+	resp, err := d.http.Post(d.url+"/api/v2/signingCert", "application/json", bytes.NewReader(body))
+	if err != nil {
+		return false
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err == nil && resp.StatusCode == http.StatusOK
+}
+
+// sample is what a process holds at one time.
+type sample struct{ rss, threads, files float64 }
+
+// sample looks at the process 40 times until ctx ends, and renews the token in
+// time.
+func (d *demo) sample(ctx context.Context, lasts time.Duration, renew func()) (out []sample) {
+	tick := time.NewTicker(lasts / 40)
+	defer tick.Stop()
+	token := time.NewTicker(2 * time.Minute)
+	defer token.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return out
+		case <-token.C:
+			renew()
+		case <-tick.C:
+			out = append(out, sample{float64(d.rss()) / (1 << 20), d.count("task"), d.count("fd")})
+		}
+	}
+}
+
+// count counts the entries of a folder in /proc/PID.
+func (d *demo) count(name string) float64 {
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/%s", d.cmd.Process.Pid, name))
+	if err != nil {
+		d.t.Error(err)
+	}
+	return float64(len(entries))
+}
+
+func median(samples []sample, of func(sample) float64) float64 {
+	values := make([]float64, len(samples))
+	for i, s := range samples {
+		values[i] = of(s)
+	}
+	slices.Sort(values)
+	return values[len(values)/2]
+}
