@@ -132,7 +132,7 @@ It needs no network.`,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify(), newExport(), newImport())
+	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify(), newExport(), newImport(), newLockout())
 	for _, c := range append(root.Commands(), root) {
 		args := c.Args
 		c.Args = func(cmd *cobra.Command, given []string) error {

@@ -35,7 +35,7 @@ func CheckKeyURI(uri string) error {
 	return err
 }
 
-// inspectTime bounds a look at a TPM. An emulator that serves another program
+// inspectTime bounds a visit to a TPM. An emulator that serves another program
 // does not answer.
 const inspectTime = 5 * time.Second
 
@@ -45,21 +45,31 @@ const inspectTime = 5 * time.Second
 // schemes and hashes that matter to us. Errors: ErrURI (the path is not absolute
 // and clean), ErrLost, also when the TPM is an emulator that another program uses.
 func Inspect(ctx context.Context, device string) (hsm.Inspection, error) {
+	var seen hsm.Inspection
+	err := visit(ctx, device, func(c *connection) error {
+		mechanisms, err := c.mechanisms()
+		seen = hsm.Inspection{Token: c.info, Library: hsm.LibraryInfo{Interface: c.info.Hardware}, Mechanisms: mechanisms}
+		return err
+	})
+	if err != nil {
+		return hsm.Inspection{}, fmt.Errorf("inspect TPM at %.80q: %w", device, err)
+	}
+	return seen, nil
+}
+
+// visit connects to the TPM at device for one operation that uses no key.
+func visit(ctx context.Context, device string, f func(c *connection) error) error {
 	if err := clean(device); err != nil {
-		return hsm.Inspection{}, fmt.Errorf("inspect TPM: %.80q: %w", device, err)
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, inspectTime)
 	defer cancel()
 	c, err := connect(ctx, Config{Device: device, Deadline: inspectTime, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
-		return hsm.Inspection{}, fmt.Errorf("inspect TPM at %s: %w", device, classify(err))
+		return classify(err)
 	}
 	defer c.close()
-	mechanisms, err := c.mechanisms()
-	if err != nil {
-		return hsm.Inspection{}, fmt.Errorf("inspect TPM at %s: %w", device, err)
-	}
-	return hsm.Inspection{Token: c.info, Library: hsm.LibraryInfo{Interface: c.info.Hardware}, Mechanisms: mechanisms}, nil
+	return f(c)
 }
 
 // curveNames are the curves that have a name (Part 2, Section 6.4), with their

@@ -38,30 +38,46 @@ type LockoutState struct {
 }
 
 // Lockout reads the TPM's lockout parameters and state.
-func (t *Token) Lockout(ctx context.Context) (LockoutState, error) {
-	var state LockoutState
-	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
-		values, err := c.properties(tpm2.TPMPTPermanent)
-		if err != nil {
-			return err
-		}
-		seconds := func(p tpm2.TPMPT) time.Duration { return time.Duration(values[p]) * time.Second }
-		state = LockoutState{
-			Lockout: Lockout{
-				MaxTries:        values[tpm2.TPMPTMaxAuthFail],
-				Recovery:        seconds(tpm2.TPMPTLockoutInterval),
-				LockoutRecovery: seconds(tpm2.TPMPTLockoutRecovery),
-			},
-			Failed:  values[tpm2.TPMPTLockoutCounter],
-			AuthSet: values[tpm2.TPMPTPermanent]&(1<<2) != 0,
-			Locked:  values[tpm2.TPMPTPermanent]&(1<<9) != 0,
-		}
-		return nil
+func (t *Token) Lockout(ctx context.Context) (state LockoutState, err error) {
+	err = t.do(ctx, hsm.ShareRest, true, func(c *connection) (err error) {
+		state, err = c.lockout()
+		return err
 	})
 	if err != nil {
 		return LockoutState{}, fmt.Errorf("read lockout of %s: %w", t.uri, err)
 	}
 	return state, nil
+}
+
+// ReadLockout is Token.Lockout of the TPM at device, an absolute path, without
+// keys. Errors: ErrURI, ErrLost.
+func ReadLockout(ctx context.Context, device string) (state LockoutState, err error) {
+	err = visit(ctx, device, func(c *connection) (err error) {
+		state, err = c.lockout()
+		return err
+	})
+	if err != nil {
+		return LockoutState{}, fmt.Errorf("read lockout of %.80q: %w", device, err)
+	}
+	return state, nil
+}
+
+func (c *connection) lockout() (LockoutState, error) {
+	values, err := c.properties(tpm2.TPMPTPermanent)
+	if err != nil {
+		return LockoutState{}, err
+	}
+	seconds := func(p tpm2.TPMPT) time.Duration { return time.Duration(values[p]) * time.Second }
+	return LockoutState{
+		Lockout: Lockout{
+			MaxTries:        values[tpm2.TPMPTMaxAuthFail],
+			Recovery:        seconds(tpm2.TPMPTLockoutInterval),
+			LockoutRecovery: seconds(tpm2.TPMPTLockoutRecovery),
+		},
+		Failed:  values[tpm2.TPMPTLockoutCounter],
+		AuthSet: values[tpm2.TPMPTPermanent]&(1<<2) != 0,
+		Locked:  values[tpm2.TPMPTPermanent]&(1<<9) != 0,
+	}, nil
 }
 
 // check refuses parameters that would switch the protection off, or that a TPM
@@ -85,35 +101,57 @@ func (l Lockout) check() error {
 // another for its LockoutRecovery, so nothing is tried twice. It is for the
 // ceremony; no service needs the lockout value.
 func (t *Token) SetLockout(ctx context.Context, current []byte, l Lockout, next []byte) error {
-	if err := l.check(); err != nil {
+	if err := checkLockout(l, next); err != nil {
 		return fmt.Errorf("set lockout: %w", err)
 	}
-	if next != nil && len(next) < minAuth {
-		return fmt.Errorf("set lockout: value of %d octets, want %d or more: %w", len(next), minAuth, hsm.ErrUnsupported)
-	}
-	err := t.do(ctx, hsm.ShareRest, false, func(c *connection) error {
-		s, err := c.session()
-		if err != nil {
-			return err
-		}
-		if _, err := run(c, dictionaryAttackParameters{Lockout: l, auth: s.with(current, plain)}); err != nil {
-			return err
-		}
-		if next == nil {
-			return nil
-		}
-		_, err = run(c, tpm2.HierarchyChangeAuth{
-			AuthHandle: tpm2.AuthHandle{
-				Handle: tpm2.TPMRHLockout, Name: tpm2.HandleName(tpm2.TPMRHLockout), Auth: s.changing(current, next),
-			},
-			NewAuth: tpm2.TPM2BAuth{Buffer: next},
-		})
-		return err
-	})
+	err := t.do(ctx, hsm.ShareRest, false, func(c *connection) error { return c.setLockout(current, l, next) })
 	if err != nil {
 		return fmt.Errorf("set lockout of %s: %w", t.uri, err)
 	}
 	return nil
+}
+
+// SetLockout is Token.SetLockout of the TPM at device, an absolute path, without
+// keys. Errors beside those: ErrURI.
+func SetLockout(ctx context.Context, device string, current []byte, l Lockout, next []byte) error {
+	err := checkLockout(l, next)
+	if err == nil {
+		err = visit(ctx, device, func(c *connection) error { return c.setLockout(current, l, next) })
+	}
+	if err != nil {
+		return fmt.Errorf("set lockout of %.80q: %w", device, err)
+	}
+	return nil
+}
+
+func checkLockout(l Lockout, next []byte) error {
+	if err := l.check(); err != nil {
+		return err
+	}
+	if next != nil && len(next) < minAuth {
+		return fmt.Errorf("value of %d octets, want %d or more: %w", len(next), minAuth, hsm.ErrUnsupported)
+	}
+	return nil
+}
+
+func (c *connection) setLockout(current []byte, l Lockout, next []byte) error {
+	s, err := c.session()
+	if err != nil {
+		return err
+	}
+	if _, err := run(c, dictionaryAttackParameters{Lockout: l, auth: s.with(current, plain)}); err != nil {
+		return err
+	}
+	if next == nil {
+		return nil
+	}
+	_, err = run(c, tpm2.HierarchyChangeAuth{
+		AuthHandle: tpm2.AuthHandle{
+			Handle: tpm2.TPMRHLockout, Name: tpm2.HandleName(tpm2.TPMRHLockout), Auth: s.changing(current, next),
+		},
+		NewAuth: tpm2.TPM2BAuth{Buffer: next},
+	})
+	return err
 }
 
 // commandDictionaryAttackParameters is TPM_CC_DictionaryAttackParameters (Part
