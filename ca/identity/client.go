@@ -159,13 +159,17 @@ func (g dialGuard) allows(ip netip.Addr) bool {
 
 // isPublic is false for every address that the IANA special-purpose registries
 // (RFC 6890 and its successors) keep out of the global Internet, and for IPv6
-// addresses that embed an IPv4 address.
+// addresses that embed an IPv4 address or were never assigned.
 func isPublic(ip netip.Addr) bool {
-	if !ip.IsGlobalUnicast() || ip.IsPrivate() {
+	if !ip.IsGlobalUnicast() || ip.IsPrivate() || ip.Is6() && !allocated.Contains(ip) {
 		return false
 	}
 	return !slices.ContainsFunc(special, func(n netip.Prefix) bool { return n.Contains(ip) })
 }
+
+// allocated are the IPv6 addresses that are in use as global ones (IANA, IPv6
+// Global Unicast Address Assignments).
+var allocated = netip.MustParsePrefix("2000::/3")
 
 var special = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),       // this network
@@ -177,14 +181,8 @@ var special = []netip.Prefix{
 	netip.MustParsePrefix("198.51.100.0/24"), // documentation
 	netip.MustParsePrefix("203.0.113.0/24"),  // documentation
 	netip.MustParsePrefix("240.0.0.0/4"),     // reserved
-	netip.MustParsePrefix("::/96"),           // IPv4-compatible
-	netip.MustParsePrefix("64:ff9b::/96"),    // NAT64
-	netip.MustParsePrefix("64:ff9b:1::/48"),  // NAT64, RFC 8215
-	netip.MustParsePrefix("100::/64"),        // discard
 	netip.MustParsePrefix("2001::/23"),       // protocol assignments, Teredo
 	netip.MustParsePrefix("2001:db8::/32"),   // documentation
 	netip.MustParsePrefix("2002::/16"),       // 6to4
 	netip.MustParsePrefix("3fff::/20"),       // documentation
-	netip.MustParsePrefix("5f00::/16"),       // segment routing
-	netip.MustParsePrefix("fec0::/10"),       // site-local, RFC 3879
 }

@@ -171,6 +171,7 @@ func TestDialGuard(t *testing.T) {
 		"169.254.169.254": false, "fe80::1": false, "fd00::1": false, "fec0::1": false,
 		"224.0.0.1": false, "ff02::1": false, "255.255.255.255": false, "240.0.0.1": false,
 		"::ffff:10.0.0.1": false, "::ffff:127.0.0.1": false, "64:ff9b::a00:1": false, "2002:a00:1::": false,
+		"::ffff:0:10.0.0.1": false, "4000::1": false, "100::1": false, "5f00::1": false,
 		"198.18.0.1": false, "192.0.2.1": false, "::7f00:1": false, "2001:db8::1": false,
 	} {
 		err := dialGuard{}.control(t.Context(), "tcp", netip.AddrPortFrom(netip.MustParseAddr(address), 443).String(), nil)

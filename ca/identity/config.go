@@ -2,6 +2,7 @@ package identity
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -89,6 +90,7 @@ type CIMetadata struct {
 	SubjectAlternativeNameTemplate string                 `json:"SubjectAlternativeNameTemplate,omitempty" yaml:"subject-alternative-name-template,omitempty"`
 
 	fixed map[string]string // values that no claim replaces, of a preset
+	below string            // the URL below which every name is, of a preset
 }
 
 // ParseConfig reads a Fulcio configuration file, JSON or YAML, strictly, and
@@ -97,7 +99,12 @@ func ParseConfig(b []byte) (Config, error) {
 	var cfg Config
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&cfg); err != nil || dec.More() {
+	err := dec.Decode(&cfg)
+	if _, more := dec.Token(); err == nil && errors.Is(more, io.EOF) {
+		if _, err := parseClaims(b); err != nil {
+			return Config{}, fmt.Errorf("%w: parse: %w", ErrConfig, err)
+		}
+	} else {
 		cfg = Config{}
 		dec := yaml.NewDecoder(bytes.NewReader(b)) // of Fulcio: it knows aliases as keys
 		dec.KnownFields(true)
@@ -129,7 +136,13 @@ type resolved struct {
 type known struct {
 	Issuer
 	kind kind
+	// pattern is the meta-issuer that it fits, or "".
+	pattern string
 }
+
+// name is what the log calls the issuer: its URL where that is configured, and
+// not where a token gave it.
+func (k known) name() string { return cmp.Or(k.pattern, k.IssuerURL) }
 
 // resolve checks the configuration and makes every preset, default and
 // template into what it stands for.
@@ -189,7 +202,7 @@ func (c Config) know(issuer Issuer) (known, error) {
 	if k.checkConfig != nil {
 		err = k.checkConfig(issuer)
 	}
-	return known{issuer, k}, err
+	return known{Issuer: issuer, kind: k}, err
 }
 
 // expand replaces a preset by what it stands for, and finds the templates of a

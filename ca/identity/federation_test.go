@@ -1,14 +1,18 @@
 package identity
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -119,6 +123,7 @@ func TestMetaIssuerRefusals(t *testing.T) {
 		{"any domain", "https://*.example", "type: email", "anybody's host"},
 		{"any top domain", "https://idp.*", "type: email", "anybody's host"},
 		{"part of a label", "https://a*.example", "type: email", "anybody's host"},
+		{"any domain of a public suffix", "https://*.co.uk", "type: email", "anybody's host"},
 		{"any port", "https://idp.example.com:*", "type: email", "anybody's host"},
 		{"user", "https://*@idp.example.com", "type: email", "anybody's host"},
 		{"any scheme", "*://idp.example.com", "type: email", "not an https URL"},
@@ -237,6 +242,99 @@ func TestMadeUpIssuers(t *testing.T) {
 	if n := len(v.others.members); n != 0 {
 		t.Errorf("%d issuers are remembered after their probation", n)
 	}
+}
+
+// TestPatternFaults: what is wrong with a pattern is found at the start, not by
+// the first token.
+func TestPatternFaults(t *testing.T) {
+	cfg := Config{MetaIssuers: map[string]Issuer{"http://*.idp.example.com": {ClientID: "sigstore", Type: "email"}}}
+	if err := cfg.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(t.Context(), cfg, Options{Now: atNoon}); !errors.Is(err, ErrConfig) {
+		t.Errorf("err %v", err)
+	}
+}
+
+// TestMetaIssuerCosts: a token that no key could save does not make a new
+// issuer known, and nothing that only a token says gets into the log.
+func TestMetaIssuerCosts(t *testing.T) {
+	base, token, asked := tenants(t)
+	var log lockedBuffer
+	v, err := New(t.Context(), Config{
+		MetaIssuers: map[string]Issuer{base + "/*": {ClientID: "sigstore", Type: "email"}},
+	}, Options{Now: atNoon, LoopbackHTTP: true, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	for name, claims := range map[string]map[string]any{
+		"expired": {"exp": noon.Unix()}, "another audience": {"aud": "other"}, "no subject": {"sub": nil},
+	} {
+		p := oidctest.New(oidctest.Config{Issuer: base + "/late", Key: must(providerKey()), Now: func() time.Time { return noon }})
+		raw, err := p.Token(claims)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.Verify(t.Context(), raw); !errors.Is(err, ErrToken) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if n := asked.Load(); n != 0 || len(v.others.members) != 0 {
+		t.Errorf("%d requests, %d issuers", n, len(v.others.members))
+	}
+	if _, err := v.Verify(t.Context(), token("missing-secret")); !errors.Is(err, ErrUnavailable) {
+		t.Error(err)
+	}
+	waitFor(t, func() bool { return strings.Contains(log.String(), "not refreshed") })
+	if text := log.String(); strings.Contains(text, "missing-secret") || !strings.Contains(text, base+"/*") {
+		t.Errorf("log: %s", text)
+	}
+	if h := v.Health(); len(h) != 0 {
+		t.Errorf("health of an unproven issuer: %v", h)
+	}
+	if _, err := v.Verify(t.Context(), token("good")); err != nil {
+		t.Fatal(err)
+	}
+	if h := v.Health(); len(h) != 1 || h[0].Issuer != base+"/good" || h[0].Keys != 1 || h[0].Err != nil {
+		t.Errorf("health %+v", h)
+	}
+}
+
+// lockedBuffer is a log that many goroutines write.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// waitFor polls for at most five seconds.
+func waitFor(t *testing.T, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); !done(); {
+		if time.Now().After(deadline) {
+			t.Fatal("waited too long")
+		}
+		runtime.Gosched()
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
 }
 
 // TestRoom: a full federation makes room by the issuer that is idle the longest,

@@ -136,6 +136,16 @@ func New(ctx context.Context, cfg Config, opts Options) (*Verifier, error) {
 		}
 		v.issuers[url] = s
 	}
+	for _, p := range all.patterns {
+		// As any of its issuers would be made, to find a fault now.
+		k, err := p.issuer(p.example())
+		if err == nil {
+			_, err = newSource(k, opts)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("meta-issuer %.200q: %w", p.text, err)
+		}
+	}
 	ctx, v.cancel = context.WithCancel(ctx)
 	for _, s := range v.issuers {
 		v.done.Go(func() { s.keys.run(ctx) })
@@ -161,9 +171,10 @@ func (v *Verifier) Close() {
 // Config returns the configuration that the verifier was made with.
 func (v *Verifier) Config() Config { return v.config }
 
-// Health says for every issuer, in order of its URL, how its keys are.
+// Health says for every configured issuer, and every one by a pattern of which a
+// token has verified, in order of their URLs, how its keys are.
 func (v *Verifier) Health() []IssuerHealth {
-	out := make([]IssuerHealth, 0, len(v.issuers))
+	out := v.others.health()
 	for url, s := range v.issuers {
 		h := s.keys.health()
 		h.Issuer = url
@@ -196,23 +207,35 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (*Principal, error) {
 	if err != nil {
 		return nil, err
 	}
-	iss := t.claims.text("iss")
-	s, exact := v.issuers[iss]
-	if !exact {
-		if s, err = v.others.find(iss); err != nil {
-			return nil, err
-		}
-	}
-	if err := t.check(s.issuer.ClientID, now); err != nil {
+	s, exact, err := v.source(t, now)
+	if err != nil {
 		return nil, err
 	}
 	if err := s.verify(ctx, t, now); err != nil {
 		return nil, err
 	}
 	if !exact {
-		v.others.proven(iss)
+		v.others.proven(s.issuer.IssuerURL)
 	}
 	return s.principal(t)
+}
+
+// source finds the one issuer that a token names, and checks the token's claims
+// before that costs anything. exact is false for an issuer by a pattern.
+func (v *Verifier) source(t *token, now time.Time) (s *source, exact bool, err error) {
+	iss := t.claims.text("iss")
+	if s, exact = v.issuers[iss]; exact {
+		return s, true, t.check(s.issuer.ClientID, now)
+	}
+	p, err := v.others.match(iss)
+	if err != nil {
+		return nil, false, err
+	}
+	if err := t.check(p.template.ClientID, now); err != nil {
+		return nil, false, err
+	}
+	s, err = v.others.open(p, iss)
+	return s, false, err
 }
 
 // refuse is ErrToken with its reason, which must be a constant.

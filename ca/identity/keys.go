@@ -141,6 +141,8 @@ func (k *keyring) finish(f *flight, set *snapshot, err error) {
 		for _, key := range set.keys {
 			delete(k.unknown, key.KeyID)
 		}
+	} else if errors.Is(err, errNoKeys) {
+		k.current.Store(nil)
 	}
 	k.lastErr = err
 	k.flight = nil
@@ -194,12 +196,13 @@ func (k *keyring) lookup(id string) (*snapshot, []jose.JSONWebKey) {
 	if id == "" {
 		return set, set.keys
 	}
+	var keys []jose.JSONWebKey // keys of different types may share an id: RFC 7517, 4.5
 	for i := range set.keys {
 		if set.keys[i].KeyID == id {
-			return set, set.keys[i : i+1]
+			keys = append(keys, set.keys[i])
 		}
 	}
-	return set, nil
+	return set, keys
 }
 
 // ask waits for the fetch that is under way, or has one made if the bucket

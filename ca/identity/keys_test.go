@@ -181,6 +181,37 @@ func TestStaleKeysHaveAnEnd(t *testing.T) {
 	})
 }
 
+// TestWithdrawnKeys: an issuer that publishes no usable key has withdrawn those
+// before; one that fails has not.
+func TestWithdrawnKeys(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(brief("parse key set", errors.New("not a JSON Web Key Set")), 0)
+		time.Sleep(maxRefresh + time.Second)
+		if _, _, err := k.find(t.Context(), "a"); err != nil {
+			t.Errorf("after an answer that is none: %v", err)
+		}
+		f.set(brief("parse key set", errNoKeys), 0)
+		time.Sleep(maxRetry)
+		if _, _, err := k.find(t.Context(), "a"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("a withdrawn key: %v", err)
+		}
+		if h := k.health(); h.Keys != 0 || !errors.Is(h.Err, errNoKeys) {
+			t.Errorf("health %+v", h)
+		}
+	})
+}
+
+// TestSharedKeyID: keys of different types may share an id (RFC 7517, Section 4.5).
+func TestSharedKeyID(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a", "b", "a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		if _, keys, err := k.find(t.Context(), "a"); err != nil || len(keys) != 2 {
+			t.Errorf("%v, %v", keys, err)
+		}
+	})
+}
+
 func TestRetriesGrow(t *testing.T) {
 	f := &fakeIssuer{err: errors.New("down")}
 	keyringTest(t, f, func(t *testing.T, k *keyring) {

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/net/publicsuffix"
 	"golang.org/x/time/rate"
 )
 
@@ -58,7 +59,7 @@ func (c Config) pattern(text string, issuer Issuer) (pattern, error) {
 		return pattern{}, err
 	}
 	p := pattern{text: text, match: match, template: issuer, config: c}
-	_, err = p.issuer(strings.ReplaceAll(text, "*", "x"))
+	_, err = p.issuer(p.example())
 	return p, err
 }
 
@@ -67,12 +68,17 @@ func (c Config) pattern(text string, issuer Issuer) (pattern, error) {
 func (p pattern) issuer(url string) (known, error) {
 	i := p.template
 	i.IssuerURL, i.ChallengeClaim, i.SPIFFETrustDomain = url, "", ""
-	return p.config.know(i)
+	k, err := p.config.know(i)
+	k.pattern = p.text
+	return k, err
 }
 
+// example is the URL of an issuer that fits.
+func (p pattern) example() string { return strings.ReplaceAll(p.text, "*", "x") }
+
 // checkPattern refuses a pattern that could match a host of anybody: a
-// wildcard stands neither in scheme, user information or port nor in the last
-// two labels of the host.
+// wildcard stands neither in scheme, user information or port nor in the part of
+// the host that is registered.
 func checkPattern(text string) error {
 	rest, ok := strings.CutPrefix(text, "https://")
 	if !ok {
@@ -85,15 +91,26 @@ func checkPattern(text string) error {
 	}
 	authority, _, _ := strings.Cut(rest, "/")
 	host, port, _ := strings.Cut(authority, ":")
-	labels := strings.Split(host, ".")
-	last := labels[max(0, len(labels)-2):]
-	if strings.Contains(port, "*") || strings.Contains(authority, "@") || slices.ContainsFunc(last, func(l string) bool { return strings.Contains(l, "*") }) {
+	if strings.Contains(port, "*") || strings.Contains(authority, "@") || anybodys(host) {
 		return errors.New("has a wildcard where anybody's host would fit")
 	}
 	if _, err := url.Parse(strings.ReplaceAll(text, "*", "x")); err != nil {
 		return errors.New("is not a URL")
 	}
 	return nil
+}
+
+// anybodys says whether a wildcard stands in the part of a host name that
+// anybody can register: in the last two labels, or in the one before a public
+// suffix such as co.uk.
+func anybodys(host string) bool {
+	labels := strings.Split(host, ".")
+	registered := strings.Join(labels[max(0, len(labels)-2):], ".")
+	suffix, known := publicsuffix.PublicSuffix(strings.ReplaceAll(strings.ToLower(host), "*", "x"))
+	if n := strings.Count(suffix, ".") + 2; known && n <= len(labels) {
+		registered += "." + strings.Join(labels[len(labels)-n:], ".")
+	}
+	return strings.Contains(registered, "*")
 }
 
 // sortPatterns puts the pattern with the most fixed characters first, so that
@@ -133,13 +150,18 @@ func newFederation(patterns []pattern, start func(known) (*source, context.Cance
 	}
 }
 
-// find returns the source of an issuer that fits a pattern. Errors: ErrToken if
-// none fits, ErrUnavailable when too many new issuers are met.
-func (f *federation) find(iss string) (*source, error) {
+// match returns the pattern that an issuer fits. Errors: ErrToken.
+func (f *federation) match(iss string) (pattern, error) {
 	at := slices.IndexFunc(f.patterns, func(p pattern) bool { return p.match.MatchString(iss) })
 	if at < 0 {
-		return nil, refuse("issuer is not configured")
+		return pattern{}, refuse("issuer is not configured")
 	}
+	return f.patterns[at], nil
+}
+
+// open returns the source of an issuer that fits a pattern. Errors:
+// ErrUnavailable when too many new issuers are met.
+func (f *federation) open(p pattern, iss string) (*source, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if m, ok := f.members[iss]; ok {
@@ -148,7 +170,7 @@ func (f *federation) find(iss string) (*source, error) {
 	if !f.bucket.Allow() || !f.room(time.Now()) {
 		return nil, fmt.Errorf("%w: too many issuers at once", ErrUnavailable)
 	}
-	k, err := f.patterns[at].issuer(iss)
+	k, err := p.issuer(iss)
 	if err != nil {
 		return nil, refuse("issuer does not make a configuration")
 	}
@@ -196,6 +218,21 @@ func (f *federation) forget(iss string, m *member) {
 		delete(f.members, iss)
 	}
 	m.stop()
+}
+
+// health is Verifier.Health for the members of which a token has verified.
+func (f *federation) health() []IssuerHealth {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []IssuerHealth
+	for iss, m := range f.members {
+		if m.proven {
+			h := m.keys.health()
+			h.Issuer = iss
+			out = append(out, h)
+		}
+	}
+	return out
 }
 
 // proven notes that a token of the issuer has verified.

@@ -11,7 +11,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"slices"
 )
 
@@ -127,40 +126,17 @@ func parsePublicKey(content string) (crypto.PublicKey, error) {
 
 // checkStrength refuses keys that nobody should sign with.
 func checkStrength(pub crypto.PublicKey) error {
-	if key, ok := pub.(*rsa.PublicKey); ok {
+	switch key := pub.(type) {
+	case *rsa.PublicKey:
 		return checkRSA(key)
+	case ed25519.PublicKey:
+		return checkEd25519(key)
 	}
 	if _, ok := allowedHash(pub); !ok {
 		return fmt.Errorf("%w: kind %T", ErrWeakKey, pub)
 	}
 	return nil
 }
-
-// checkRSA is what goodkey asked of RSA keys: a usual size, the usual
-// exponent, no small factor.
-func checkRSA(key *rsa.PublicKey) error {
-	if !slices.Contains([]int{2048, 3072, 4096}, key.N.BitLen()) {
-		return fmt.Errorf("%w: RSA modulus of %d bits", ErrWeakKey, key.N.BitLen())
-	}
-	if key.E != 65537 {
-		return fmt.Errorf("%w: RSA exponent", ErrWeakKey)
-	}
-	if new(big.Int).GCD(nil, nil, key.N, smallPrimes).BitLen() > 1 {
-		return fmt.Errorf("%w: RSA modulus has a small factor", ErrWeakKey)
-	}
-	return nil
-}
-
-// smallPrimes is the product of the primes below 752.
-var smallPrimes = func() *big.Int {
-	product := big.NewInt(1)
-	for n := int64(2); n < 752; n++ {
-		if p := big.NewInt(n); p.ProbablyPrime(0) { // exact below 2^64
-			product.Mul(product, p)
-		}
-	}
-	return product
-}()
 
 // allowedHash is the allow list: the one hash that goes with a kind of key (0
 // for Ed25519, which hashes for itself).

@@ -1,9 +1,11 @@
 package identity
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -58,7 +60,7 @@ func usePreset(i Issuer) (Issuer, CIMetadata, error) {
 		i.SubjectDomain = site
 	}
 	m := p.templates
-	m.fixed = map[string]string{"site": site}
+	m.fixed, m.below = map[string]string{"site": site}, site
 	return i, m, nil
 }
 
@@ -143,15 +145,9 @@ var presets = map[string]preset{
 		site:   func(u *url.URL) (string, error) { return "", wantHost(u, "accounts.google.com") },
 	},
 	"entra": {
-		about:  "https://login.microsoftonline.com/TENANT-ID/v2.0; the tenant alone decides who has which address",
+		about:  "https://login.microsoftonline.com/TENANT-ID/v2.0, the tenant of one organisation, which alone decides who has which address",
 		issuer: Issuer{Type: "email", SkipEmailVerification: true},
-		site: func(u *url.URL) (string, error) {
-			tenant, rest, _ := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
-			if len(tenant) != 36 || strings.Count(tenant, "-") != 4 || rest != "v2.0" {
-				return "", fmt.Errorf("issuer-url is not of one tenant")
-			}
-			return "", nil
-		},
+		site:   func(u *url.URL) (string, error) { return "", checkEntra(u) },
 	},
 	"okta":     {about: "https://NAME.okta.com, or https://NAME.okta.com/oauth2/SERVER", issuer: Issuer{Type: "email"}, site: none},
 	"keycloak": {about: "https://HOST/realms/REALM", issuer: Issuer{Type: "email"}, site: none},
@@ -195,7 +191,7 @@ var gitlabTemplates = CIMetadata{
 		RunnerEnvironment:                   "runner_environment",
 		SourceRepositoryURI:                 "{{.site}}/{{.project_path}}",
 		SourceRepositoryDigest:              "sha",
-		SourceRepositoryRef:                 `refs/{{if eq .ref_type "branch"}}heads{{else}}tags{{end}}/{{.ref}}`,
+		SourceRepositoryRef:                 `refs/{{if eq .ref_type "branch"}}heads{{else if eq .ref_type "tag"}}tags{{else}}{{refuse}}{{end}}/{{.ref}}`,
 		SourceRepositoryIdentifier:          "project_id",
 		SourceRepositoryOwnerURI:            "{{.site}}/{{.namespace_path}}",
 		SourceRepositoryOwnerIdentifier:     "namespace_id",
@@ -207,6 +203,29 @@ var gitlabTemplates = CIMetadata{
 		DeploymentEnvironment:               "environment",
 	},
 	SubjectAlternativeNameTemplate: "https://{{.ci_config_ref_uri}}",
+}
+
+// entraHosts are Microsoft's public and national clouds (Microsoft identity
+// platform, National clouds).
+var entraHosts = []string{"login.microsoftonline.com", "login.microsoftonline.us", "login.partner.microsoftonline.cn"}
+
+// entraTenant is a tenant in the issuer of a v2.0 token.
+var entraTenant = regexp.MustCompile(`^/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/v2\.0$`)
+
+// entraConsumers is the tenant of personal accounts, which anybody has.
+const entraConsumers = "9188040d-6c67-4c5b-b112-36a304b66dad"
+
+// checkEntra wants the tenant of one organisation: the addresses of Entra's
+// tokens are not verified beyond what the tenant's administrators do.
+func checkEntra(u *url.URL) error {
+	tenant := entraTenant.FindStringSubmatch(u.Path)
+	if !slices.Contains(entraHosts, u.Host) || tenant == nil {
+		return errors.New("issuer-url is not of one tenant")
+	}
+	if tenant[1] == entraConsumers {
+		return errors.New("issuer-url is of the tenant of personal accounts")
+	}
+	return nil
 }
 
 func wantHost(u *url.URL, host string) error {

@@ -28,13 +28,13 @@ func TestPresets(t *testing.T) {
 		{"github-enterprise", "https://git.acme.example/_services/token", workflow, profile.SAN{Type: profile.URI, Value: "https://git.acme.example/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
 		{"github-enterprise", "https://token.actions.acme.ghe.com", workflow, profile.SAN{Type: profile.URI, Value: "https://acme.ghe.com/octo-org/octo-automation/.github/workflows/oidc.yml@refs/heads/main"}},
 		{"gitlab", "https://gitlab.com", pipeline, profile.SAN{Type: profile.URI, Value: "https://gitlab.com/my-group/my-project//.gitlab-ci.yml@refs/heads/main"}},
-		{"gitlab-self-hosted", "https://git.acme.example/gitlab", pipeline, profile.SAN{Type: profile.URI, Value: "https://gitlab.com/my-group/my-project//.gitlab-ci.yml@refs/heads/main"}},
+		{"gitlab-self-hosted", "https://git.acme.example/gitlab", with(pipeline, map[string]any{"ci_config_ref_uri": "git.acme.example/gitlab/g/p//.gitlab-ci.yml@refs/heads/main"}), profile.SAN{Type: profile.URI, Value: "https://git.acme.example/gitlab/g/p//.gitlab-ci.yml@refs/heads/main"}},
 		{"buildkite", "https://agent.buildkite.com", job, profile.SAN{Type: profile.URI, Value: "https://buildkite.com/acme-inc/super-duper-app"}},
 		{"circleci", "https://oidc.circleci.com/org/1", circle, profile.SAN{Type: profile.URI, Value: "https://circleci.com/api/v2/projects/p-1/pipeline-definitions/d-1"}},
 		{"jenkins", "https://ci.acme.example/oidc", map[string]any{"sub": "https://ci.acme.example/job/build/"}, profile.SAN{Type: profile.URI, Value: "https://ci.acme.example/job/build/"}},
 		{"kubernetes", "https://kubernetes.default.svc.cluster.local", serviceAccount, profile.SAN{Type: profile.URI, Value: "https://kubernetes.io/namespaces/default/serviceaccounts/builder"}},
 		{"google", "https://accounts.google.com", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
-		{"entra", "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0", map[string]any{"sub": "1", "email": "alice@example.com"}, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
+		{"entra", "https://login.microsoftonline.com/6babcaad-604b-40ac-a9d7-9fd97c0b779f/v2.0", map[string]any{"sub": "1", "email": "alice@example.com"}, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
 		{"okta", "https://acme.okta.com", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
 		{"keycloak", "https://id.acme.example/realms/acme", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
 		{"dex", "https://dex.acme.example", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
@@ -79,6 +79,10 @@ func TestPresetRefusals(t *testing.T) {
 		{"GitHub elsewhere", Issuer{IssuerURL: "https://github.example", Preset: "github"}, "not at token.actions"},
 		{"GitLab elsewhere", Issuer{IssuerURL: "https://gitlab.example", Preset: "gitlab"}, "not at gitlab.com"},
 		{"Enterprise without its path", Issuer{IssuerURL: "https://git.example", Preset: "github-enterprise"}, "not of a GitHub Enterprise"},
+		{"personal accounts", Issuer{IssuerURL: "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0", Preset: "entra"}, "of personal accounts"},
+		{"a tenant elsewhere", Issuer{IssuerURL: "https://evil.example/6babcaad-604b-40ac-a9d7-9fd97c0b779f/v2.0", Preset: "entra"}, "not of one tenant"},
+		{"a tenant by its name", Issuer{IssuerURL: "https://login.microsoftonline.com/acme.onmicrosoft.com/v2.0", Preset: "entra"}, "not of one tenant"},
+		{"tokens of v1.0", Issuer{IssuerURL: "https://sts.windows.net/6babcaad-604b-40ac-a9d7-9fd97c0b779f/", Preset: "entra"}, "not of one tenant"},
 		{"every tenant", Issuer{IssuerURL: "https://login.microsoftonline.com/common/v2.0", Preset: "entra"}, "not of one tenant"},
 	} {
 		test.issuer.ClientID = "sigstore"
@@ -86,6 +90,59 @@ func TestPresetRefusals(t *testing.T) {
 		if err := cfg.Validate(); !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.reason) {
 			t.Errorf("%s: err %v, want %q", test.name, err, test.reason)
 		}
+	}
+}
+
+// TestNamesStayAtTheSite: what a job of a provider can say about itself does not
+// make a name elsewhere.
+func TestNamesStayAtTheSite(t *testing.T) {
+	for _, test := range []struct {
+		name, preset, issuer string
+		claims               map[string]any
+	}{
+		// The pipeline's definition may be at an HTTP remote of the project's choice.
+		{"pipeline defined elsewhere", "gitlab", "https://gitlab.com", with(pipeline, map[string]any{"ci_config_ref_uri": "evil.example/x.yml@refs/heads/main"})},
+		{"pipeline defined at gitlab.com", "gitlab-self-hosted", "https://git.acme.example", pipeline},
+		{"beside the GitLab of one path", "gitlab-self-hosted", "https://git.acme.example/gitlab", with(pipeline, map[string]any{"ci_config_ref_uri": "git.acme.example/gitlab2/p//x@refs/heads/main"})},
+		{"user information", "gitlab", "https://gitlab.com", with(pipeline, map[string]any{"ci_config_ref_uri": "gitlab.com@evil.example/p//x@refs/heads/main"})},
+		{"another port", "gitlab", "https://gitlab.com", with(pipeline, map[string]any{"ci_config_ref_uri": "gitlab.com:8443/p//x@refs/heads/main"})},
+		{"kind of ref that is neither", "gitlab", "https://gitlab.com", with(pipeline, map[string]any{"ref_type": "merge_request"})},
+		{"path that climbs", "github", "https://token.actions.githubusercontent.com", with(workflow, map[string]any{"job_workflow_ref": "../evil/x.yml@main"})},
+		{"template in a claim", "github", "https://token.actions.githubusercontent.com", with(workflow, map[string]any{"job_workflow_ref": "{{.site}}/../x"})},
+		{"site that is a claim", "buildkite", "https://agent.buildkite.com", with(job, map[string]any{"organization_slug": "../..", "site": "https://evil.example"})},
+		{"missing definition", "circleci", "https://oidc.circleci.com/org/1", map[string]any{"sub": "s", "oidc.circleci.com/project-id": "p", "oidc.circleci.com/pipeline-id": "x"}},
+	} {
+		k, err := Config{}.know(Issuer{IssuerURL: test.issuer, ClientID: "sigstore", Preset: test.preset})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := k.kind.principal(k.Issuer, asClaims(t, with(test.claims, map[string]any{"iss": test.issuer}))); !errors.Is(err, ErrMapping) {
+			t.Errorf("%s: %v, %v", test.name, p, err)
+		}
+	}
+	// A template in a claim stays what it is: text.
+	k, err := Config{}.know(Issuer{IssuerURL: "https://token.actions.githubusercontent.com", ClientID: "sigstore", Preset: "github"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := k.kind.principal(k.Issuer, asClaims(t, with(workflow, map[string]any{"iss": "https://token.actions.githubusercontent.com", "workflow": "{{.sub}}"})))
+	if err != nil || p.Extensions.GithubWorkflowName != "{{.sub}}" {
+		t.Errorf("%v, %v", p, err)
+	}
+}
+
+// TestNumbersInPresets: a number of many digits is written as it is.
+func TestNumbersInPresets(t *testing.T) {
+	k, err := Config{}.know(Issuer{IssuerURL: "https://agent.buildkite.com", ClientID: "sigstore", Preset: "buildkite"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := k.kind.principal(k.Issuer, asClaims(t, with(job, map[string]any{"iss": "https://agent.buildkite.com", "build_number": 1234567})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "https://buildkite.com/acme-inc/super-duper-app/builds/1234567#0184990a-477b-4fa8-9968-496074483cee"; p.Extensions.RunInvocationURI != want {
+		t.Errorf("%s, want %s", p.Extensions.RunInvocationURI, want)
 	}
 }
 

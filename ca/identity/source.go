@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
@@ -21,8 +22,10 @@ import (
 const (
 	// maxKeys bounds an issuer's key set; a larger one is refused whole.
 	maxKeys = 64
-	// minRSA is the least size of an issuer's RSA key, in bits.
+	// minRSA and maxRSA bound an issuer's RSA key, in bits: a larger one would
+	// make every token cost more than it should.
 	minRSA = 2048
+	maxRSA = 8192
 )
 
 // source is one configured issuer.
@@ -33,6 +36,9 @@ type source struct {
 	keys   *keyring
 	// readFile reads the issuer's files, if it has any.
 	readFile func(string) ([]byte, error)
+	// hide takes an issuer that a token named out of an error's text, which
+	// goes to the log; nil for one that is configured.
+	hide *strings.Replacer
 }
 
 func newSource(from known, opts Options) (*source, error) {
@@ -49,10 +55,13 @@ func newSource(from known, opts Options) (*source, error) {
 		return nil, err
 	}
 	s := &source{issuer: issuer, kind: from.kind, client: client, readFile: opts.ReadFile}
+	if from.pattern != "" {
+		s.hide = strings.NewReplacer(issuer.IssuerURL, "ISSUER", u.Host, "HOST", u.Hostname(), "HOST")
+	}
 	if (issuer.KeysFile != "" || issuer.DiscoveryFile != "") && opts.ReadFile == nil {
 		return nil, fmt.Errorf("%w: issuer %.200q: its files cannot be read here", ErrConfig, issuer.IssuerURL)
 	}
-	s.keys = newKeyring(s.fetch, client.CloseIdleConnections, opts.Logger.With("issuer", issuer.IssuerURL))
+	s.keys = newKeyring(s.fetch, client.CloseIdleConnections, opts.Logger.With("issuer", from.name()))
 	return s, nil
 }
 
@@ -124,9 +133,19 @@ type metadata struct {
 	Algorithms []string `json:"id_token_signing_alg_values_supported"`
 }
 
-// fetch reads the issuer's discovery document and its key set, each from where
-// the configuration says.
+// fetch reads the issuer's keys. Of an issuer that no configuration names the
+// error says only what was wrong.
 func (s *source) fetch(ctx context.Context) (*snapshot, error) {
+	set, err := s.read(ctx)
+	if err != nil && s.hide != nil && !errors.Is(err, errNoKeys) {
+		err = errors.New(s.hide.Replace(err.Error()))
+	}
+	return set, err
+}
+
+// read reads the discovery document and the key set, each from where the
+// configuration says.
+func (s *source) read(ctx context.Context) (*snapshot, error) {
 	if s.issuer.KeysFile != "" {
 		return s.readKeys()
 	}
@@ -152,7 +171,7 @@ func (s *source) fetch(ctx context.Context) (*snapshot, error) {
 // readKeys reads a key set from its file. It says nothing of algorithms; each
 // key takes those of its type.
 func (s *source) readKeys() (*snapshot, error) {
-	body, err := s.read(s.issuer.KeysFile)
+	body, err := s.file(s.issuer.KeysFile)
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +195,7 @@ func (s *source) discover(ctx context.Context) (metadata, error) {
 		}
 		return meta, nil
 	}
-	body, err := s.read(s.issuer.DiscoveryFile)
+	body, err := s.file(s.issuer.DiscoveryFile)
 	if err != nil {
 		return meta, err
 	}
@@ -189,8 +208,8 @@ func (s *source) discover(ctx context.Context) (metadata, error) {
 	return meta, nil
 }
 
-// read reads a file of the issuer.
-func (s *source) read(path string) ([]byte, error) {
+// file reads a file of the issuer.
+func (s *source) file(path string) ([]byte, error) {
 	body, err := s.readFile(path)
 	if err != nil {
 		return nil, brief("read file", err)
@@ -219,7 +238,12 @@ func (s *source) get(ctx context.Context, url string) ([]byte, http.Header, erro
 }
 
 // brief keeps an error's text short: some quote the whole answer.
-func brief(what string, err error) error { return fmt.Errorf("%s: %.200s", what, err.Error()) }
+func brief(what string, err error) error {
+	if errors.Is(err, errNoKeys) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return fmt.Errorf("%s: %.200s", what, err.Error())
+}
 
 // usable are the algorithms that the issuer advertises and we allow; RS256 if
 // it advertises none (OpenID Connect Core 1.0, Section 3.1.3.7).
@@ -238,7 +262,7 @@ func usable(advertised []string) []string {
 
 // parseKeys reads a JSON Web Key Set (RFC 7517, Section 5). Keys that cannot
 // verify a token are left out: of unknown type, for encryption, symmetric,
-// private, too short.
+// private, too short or long. Errors: errNoKeys if none is left.
 func parseKeys(body []byte) ([]jose.JSONWebKey, error) {
 	var raw struct {
 		Keys []json.RawMessage `json:"keys"`
@@ -257,10 +281,14 @@ func parseKeys(body []byte) ([]jose.JSONWebKey, error) {
 		}
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("no key that can verify a token")
+		return nil, errNoKeys
 	}
 	return keys, nil
 }
+
+// errNoKeys: the key set could be read, and no token can be verified with it.
+// It is the issuer's word, so that the keys known before go at once.
+var errNoKeys = errors.New("no key that can verify a token")
 
 // signs says whether a key may verify tokens.
 func signs(key jose.JSONWebKey) bool {
@@ -272,8 +300,10 @@ func signs(key jose.JSONWebKey) bool {
 	}
 	switch k := key.Key.(type) {
 	case *rsa.PublicKey:
-		return k.N.BitLen() >= minRSA
-	case *ecdsa.PublicKey, ed25519.PublicKey:
+		return k.N.BitLen() >= minRSA && k.N.BitLen() <= maxRSA && k.E >= 3 && k.E%2 == 1 && !hasSmallFactor(k.N)
+	case ed25519.PublicKey:
+		return checkEd25519(k) == nil
+	case *ecdsa.PublicKey:
 		return key.Valid()
 	}
 	return false

@@ -27,7 +27,7 @@ func (m CIMetadata) kind() (kind, error) {
 	if err != nil {
 		return k, fmt.Errorf("%w: subject-alternative-name-template: %w", ErrConfig, err)
 	}
-	k.san = absolute(san)
+	k.san = absolute(san, m.below)
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		text := *fields[name](&m.ExtensionTemplates)
 		if strings.TrimSpace(text) == "" {
@@ -48,7 +48,7 @@ func compile(text string) (value, error) {
 	if !strings.Contains(text, "{{") {
 		return named(text), nil
 	}
-	t, err := template.New("").Option("missingkey=error").Funcs(template.FuncMap{"need": need}).Parse(text)
+	t, err := template.New("").Option("missingkey=error").Funcs(template.FuncMap{"need": need, "refuse": refuseTemplate}).Parse(text)
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +57,7 @@ func compile(text string) (value, error) {
 		if err := t.Execute(&out, a.texts); err != nil {
 			// The error quotes the template, which is the configuration's, and
 			// no claim but the name of one that is missing.
-			return "", fmt.Errorf("%w: template: a claim that it needs is missing", ErrMapping)
+			return "", fmt.Errorf("%w: template: a claim that it needs is missing or unknown", ErrMapping)
 		}
 		return certifiable(out.String())
 	}, nil
@@ -90,8 +90,8 @@ func certifiable(text string) (string, error) {
 	return text, checkPath(u.EscapedPath())
 }
 
-// absolute wants a URL with a host.
-func absolute(v value) value {
+// absolute wants a URL with a host, and below another if that is not empty.
+func absolute(v value, below string) value {
 	return func(a assertion) (string, error) {
 		s, err := v(a)
 		if err != nil {
@@ -100,6 +100,9 @@ func absolute(v value) value {
 		u, err := parseURL(s)
 		if err != nil {
 			return "", err
+		}
+		if below != "" && !strings.HasPrefix(u.String(), below+"/") {
+			return "", fmt.Errorf("%w: name is not of the provider's site", ErrMapping)
 		}
 		return u.String(), nil
 	}
@@ -126,6 +129,9 @@ func need(texts map[string]string, name string) (string, error) {
 	}
 	return texts[name], nil
 }
+
+// refuseTemplate is the template function that refuses the token.
+func refuseTemplate() (string, error) { return "", errors.New("refused by the template") }
 
 // texts are the claims as texts, over the defaults. Numbers are written as
 // Fulcio writes them: from a float64, integral ones by %v, which gives

@@ -1,11 +1,19 @@
 package identity
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
+	"math/big"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	jose "github.com/go-jose/go-jose/v4"
 )
 
 func TestUses(t *testing.T) {
@@ -62,6 +70,49 @@ func TestUsesAreBounded(t *testing.T) {
 	now = noon.Add(2 * time.Minute)
 	if n, err := count(4, 5); n != 1 || err != nil {
 		t.Errorf("after they expired: %d, %v", n, err)
+	}
+}
+
+// TestOneTokenManySignatures: an ECDSA signature can be written in a second form
+// that verifies too (s and its negative); the token is the same.
+func TestOneTokenManySignatures(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := serveProvider(t, hostile{algorithms: []string{"ES256"}, keys: jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k"}}}})
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jws, err := signer.Sign([]byte(validClaims(base)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := jws.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, encoded := raw[:strings.LastIndexByte(raw, '.')+1], raw[strings.LastIndexByte(raw, '.')+1:]
+	sig, err := base64.RawURLEncoding.DecodeString(encoded)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := new(big.Int).SetBytes(sig[32:])
+	s.Sub(elliptic.P256().Params().N, s).FillBytes(sig[32:])
+	other := signed + base64.RawURLEncoding.EncodeToString(sig)
+
+	v := newVerifier(t, Issuer{IssuerURL: base, ClientID: "sigstore", Type: "email", MaxUses: 1})
+	uses := NewUses(10)
+	for n, token := range []string{raw, other} {
+		p, err := v.Verify(t.Context(), token)
+		if err != nil {
+			t.Fatal(err) // the second too: it is a signature
+		}
+		_, err = uses.Count(p.Token, [32]byte{}, noon)
+		if want := []error{nil, ErrUsed}[n]; !errors.Is(err, want) {
+			t.Errorf("use %d: err %v, want %v", n, err, want)
+		}
 	}
 }
 
