@@ -59,7 +59,7 @@ func TestDemoDefinitionIsTheExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	demo := demoDefinition(t)
+	demo := theDemo(t)
 	if diff := cmp.Diff(example.Keys, demo.Keys); diff != "" {
 		t.Errorf("keys (-example +demo):\n%s", diff)
 	}

@@ -35,14 +35,13 @@ func (r *run) key(ctx context.Context, s Step) error {
 	if err != nil {
 		return r.quarantine(s, intent, err)
 	}
-	data, err := r.prove(ctx, tok, key, intent)
+	data, err := r.prove(ctx, tok, key, intent, adopted)
 	if err != nil {
 		if adopted && foreign(err) {
 			err = r.quarantine(s, intent, fmt.Errorf("adopt key %s: %w: %w", s.Name, ErrStopped, err))
 		}
 		return err
 	}
-	data.Adopted = adopted
 	return r.record(s, Done, data)
 }
 
@@ -61,7 +60,7 @@ func (r *run) announceKey(s Step) (keyIntent, error) {
 
 // prove reads the key back, lets the device speak for it with the transcript's
 // head as nonce, and shows that its signatures do not repeat themselves.
-func (r *run) prove(ctx context.Context, tok hsm.Token, key hsm.Key, intent keyIntent) (keyResult, error) {
+func (r *run) prove(ctx context.Context, tok hsm.Token, key hsm.Key, intent keyIntent, adopted bool) (keyResult, error) {
 	now, err := r.now()
 	if err != nil {
 		return keyResult{}, err
@@ -84,10 +83,12 @@ func (r *run) prove(ctx context.Context, tok hsm.Token, key hsm.Key, intent keyI
 	if err := r.def.checkLevel(intent, evidence); err != nil {
 		return keyResult{}, err
 	}
-	if _, err := hsm.SelfTest(ctx, key, now); err != nil {
-		return keyResult{}, fmt.Errorf("self-test: %w", err)
+	if adopted { // Generate has done it to a new key
+		if _, err := hsm.SelfTest(ctx, key, now); err != nil {
+			return keyResult{}, fmt.Errorf("self-test: %w", err)
+		}
 	}
-	return keyResult{Evidence: evidence, DistinctR: hsm.SelfTestSignatures, Signatures: hsm.SelfTestSignatures}, nil
+	return keyResult{Adopted: adopted, Evidence: evidence, DistinctR: hsm.SelfTestSignatures, Signatures: hsm.SelfTestSignatures}, nil
 }
 
 // checkLevel wants software keys in a rehearsal, and none in production unless
