@@ -25,7 +25,11 @@ import (
 func openAudit(t *testing.T) (dir string, log *audit.Log) {
 	t.Helper()
 	dir = t.TempDir()
-	log, err := audit.Open(audit.Config{Dir: dir, Now: func() (time.Time, error) { return catest.Noon, nil }})
+	noon := func() (time.Time, error) { return catest.Noon, nil }
+	if err := audit.Create(dir, noon); err != nil {
+		t.Fatal(err)
+	}
+	log, err := audit.Open(audit.Config{Dir: dir, Now: noon})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -57,6 +57,10 @@ var (
 	ErrDamaged = errors.New("audit damaged")
 	// ErrInUse: another process writes here.
 	ErrInUse = errors.New("audit in use")
+	// ErrNotFound: no audit was begun here, or all its files are gone.
+	ErrNotFound = errors.New("audit not found")
+	// ErrExists: an audit was begun here already.
+	ErrExists = errors.New("audit exists already")
 )
 
 // Type is what a record tells.
@@ -128,7 +132,7 @@ type Sealer interface {
 
 // Config is what a Log needs.
 type Config struct {
-	// Dir holds the files. It exists; the files are made.
+	// Dir holds the files, the first of which Create has made.
 	Dir string
 	// Now is the one clock. Records carry max(now, time of the last record).
 	Now func() (time.Time, error)
@@ -177,9 +181,23 @@ type entry struct {
 	done   chan error // holds one; nil if nobody waits
 }
 
-// Open opens the audit in cfg.Dir for this process alone, or begins it. It reads
-// the newest file and the link to the one before. Octets behind the last
-// complete line, which nobody was told of, are cut off and noted. Errors:
+// Create begins an audit in dir, and makes the folder if it is missing. It is the
+// only way in which one begins: an audit that is gone is noticed, not replaced.
+// Errors: ErrExists, ErrInUse.
+func Create(dir string, now func() (time.Time, error)) (err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("create audit: %w", err)
+	}
+	var w writer
+	if err := w.create(Config{Dir: dir, Now: now}); err != nil {
+		return fmt.Errorf("create audit: %w", errors.Join(err, w.close()))
+	}
+	return w.close()
+}
+
+// Open opens the audit in cfg.Dir for this process alone. It reads the newest
+// file and the link to the one before. Octets behind the last complete line,
+// which nobody was told of, are cut off and noted. Errors: ErrNotFound,
 // ErrInUse, ErrDamaged.
 func Open(cfg Config) (*Log, error) {
 	if cfg.Now == nil {

@@ -51,6 +51,9 @@ func open(t testing.TB, cfg Config) *Log {
 	if cfg.Now == nil {
 		cfg.Now = func() (time.Time, error) { return noon, nil }
 	}
+	if err := Create(cfg.Dir, cfg.Now); err != nil && !errors.Is(err, ErrExists) {
+		t.Fatal(err)
+	}
 	l, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -108,6 +111,34 @@ func TestAppend(t *testing.T) {
 	report, err := Verify(dir, checkSeal, nil, nil)
 	if err != nil || report.Records != 5 || report.Files != 1 || report.Seals != 1 || report.Sealed != 4 {
 		t.Errorf("report %+v, %v", report, err)
+	}
+}
+
+// TestCreate: an audit begins once, and only when it is told to.
+func TestCreate(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "new")
+	now := func() (time.Time, error) { return noon, nil }
+	for _, state := range []string{"no folder", "empty folder"} {
+		if l, err := Open(Config{Dir: dir, Now: now}); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: %v, %v", state, l, err)
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Create(dir, now); err != nil {
+		t.Fatal(err)
+	}
+	if err := Create(dir, now); !errors.Is(err, ErrExists) {
+		t.Errorf("a second time: %v", err)
+	}
+	l := open(t, Config{Dir: dir})
+	if err := Create(dir, now); !errors.Is(err, ErrInUse) {
+		t.Errorf("while it is open: %v", err)
+	}
+	shut(t, l)
+	if d := cmp.Diff([]Type{TypeBegin}, types(t, dir)); d != "" {
+		t.Error(d)
 	}
 }
 
@@ -182,7 +213,7 @@ func TestTampering(t *testing.T) {
 	l := open(t, Config{Dir: dir, Sealer: sealer{}})
 	appendTo(t, l, 4)
 	shut(t, l)
-	names, err := files(dir)
+	names, err := Files(dir)
 	if err != nil || len(names) != 1 {
 		t.Fatal(names, err)
 	}
@@ -245,7 +276,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 	appendTo(t, l, 3)
 	shut(t, l)
-	names, err := files(dir)
+	names, err := Files(dir)
 	if err != nil || len(names) < 3 {
 		t.Fatal(names, err)
 	}
@@ -285,7 +316,7 @@ func TestUnfinished(t *testing.T) {
 	l := open(t, Config{Dir: dir})
 	appendTo(t, l, 2)
 	shut(t, l)
-	names, err := files(dir)
+	names, err := Files(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -441,6 +472,9 @@ func child(dir string) {
 // and the chain holds.
 func TestKilled(t *testing.T) {
 	dir := t.TempDir()
+	if err := Create(dir, func() (time.Time, error) { return time.Now(), nil }); err != nil {
+		t.Fatal(err)
+	}
 	acknowledged := map[string]bool{}
 	for round := range 12 {
 		cmd := exec.Command(os.Args[0])
@@ -477,7 +511,7 @@ func FuzzParseRecord(f *testing.F) {
 	f.Add([]byte(`{"v":1,"seq":0,"time":"2026-11-22T12:00:00Z","type":"begin","prev":"` + strings.Repeat("0", 64) + `"}`))
 	f.Add([]byte(`{"v":1,"seq":` + strconv.FormatUint(1<<63, 10) + `,"time":"2026-11-22T12:00:00.5Z","type":"seal","seal":"AA==","prev":""}`))
 	f.Fuzz(func(t *testing.T, line []byte) {
-		r, err := parseRecord(line)
+		r, err := ParseRecord(line)
 		if err == nil && r.Version != version {
 			t.Errorf("accepted %q", line)
 		}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,8 +30,8 @@ const SealsName = "seals.jsonl"
 // fileName is the name of the file whose first record has that number.
 func fileName(seq uint64) string { return fmt.Sprintf("%s%020d%s", filePrefix, seq, fileSuffix) }
 
-// files lists the audit's files in dir, oldest first.
-func files(dir string) ([]string, error) {
+// Files lists the audit's files in dir, oldest first.
+func Files(dir string) ([]string, error) {
 	names, err := filepath.Glob(filepath.Join(dir, filePrefix+"*"+fileSuffix))
 	if err != nil {
 		return nil, err
@@ -46,18 +47,12 @@ func (w *writer) open(cfg Config) (err error) {
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if w.lock, err = os.Open(cfg.Dir); err != nil {
-		return err
-	}
-	if err := unix.Flock(int(w.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("lock %s: %w: %w", cfg.Dir, ErrInUse, err)
-	}
-	names, err := files(cfg.Dir)
+	names, err := w.lockDir(cfg.Dir)
 	if err != nil {
 		return err
 	}
 	if len(names) == 0 {
-		return w.begin(cfg, "")
+		return fmt.Errorf("no file in %s: %w", cfg.Dir, ErrNotFound)
 	}
 	chain, err := linkBefore(names)
 	if err != nil {
@@ -70,6 +65,31 @@ func (w *writer) open(cfg Config) (err error) {
 	}
 	w.head, w.next, w.time, w.sealed = chain.head, chain.next, chain.time, chain.last == TypeSeal
 	return w.resume(cfg, last, cut)
+}
+
+// create locks a folder without an audit and begins one.
+func (w *writer) create(cfg Config) error {
+	names, err := w.lockDir(cfg.Dir)
+	if err != nil {
+		return err
+	}
+	if len(names) > 0 {
+		return fmt.Errorf("%d files in %s: %w", len(names), cfg.Dir, ErrExists)
+	}
+	return w.begin(cfg, "")
+}
+
+// lockDir takes the folder for this process alone and lists its files.
+func (w *writer) lockDir(dir string) (names []string, err error) {
+	if w.lock, err = os.Open(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", ErrNotFound, err)
+	} else if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(w.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("lock %s: %w: %w", dir, ErrInUse, err)
+	}
+	return Files(dir)
 }
 
 // linkBefore is where the chain stands before the newest file, which follows
@@ -150,7 +170,7 @@ func (c *chain) readFile(name string, visit func(r Record, line, before []byte) 
 			return nil, fmt.Errorf("read audit: %w", err)
 		}
 		line = line[:len(line)-1]
-		r, err := parseRecord(line)
+		r, err := ParseRecord(line)
 		if err != nil {
 			return nil, damaged("%v", err)
 		}
@@ -187,8 +207,9 @@ func (c *chain) follow(r Record, line []byte) error {
 	return nil
 }
 
-// parseRecord reads a line, which must be exactly what the writer writes.
-func parseRecord(line []byte) (Record, error) {
+// ParseRecord reads a line, which must be exactly what the writer writes. That it
+// follows from the line before it is for Verify to see.
+func ParseRecord(line []byte) (Record, error) {
 	var r Record
 	dec := json.NewDecoder(bytes.NewReader(line))
 	dec.DisallowUnknownFields()
@@ -229,12 +250,12 @@ type Report struct {
 // visit gets every record; it may be nil. Errors: ErrDamaged, and those of
 // visit and checkSeal.
 func Verify(dir string, checkSeal func(seal, line []byte) error, outside []Record, visit func(Record) error) (Report, error) {
-	names, err := files(dir)
+	names, err := Files(dir)
 	if err != nil {
 		return Report{}, err
 	}
 	if len(names) == 0 {
-		return Report{}, fmt.Errorf("verify audit: no file in %s: %w", dir, ErrDamaged)
+		return Report{}, fmt.Errorf("verify audit: no file in %s: %w: %w", dir, ErrNotFound, ErrDamaged)
 	}
 	want := map[uint64]Record{}
 	for _, s := range outside {
@@ -294,7 +315,7 @@ func verifySeal(r Record, before []byte, check func(seal, line []byte) error) er
 func ReadSeals(text []byte) ([]Record, error) {
 	var out []Record
 	for line := range strings.Lines(string(text)) {
-		r, err := parseRecord([]byte(strings.TrimSuffix(line, "\n")))
+		r, err := ParseRecord([]byte(strings.TrimSuffix(line, "\n")))
 		if err != nil || r.Type != TypeSeal {
 			return nil, fmt.Errorf("read seals: line %d: not a seal: %w", len(out)+1, ErrDamaged)
 		}

@@ -19,6 +19,10 @@ import (
 	"github.com/chancery-ca/chancery/config"
 )
 
+// HasAudit says whether a service of this configuration keeps an audit: a CT log
+// alone decides nothing.
+func HasAudit(cfg *config.Config) bool { return cfg.Only != config.OnlyCT }
+
 // AuditDir is the folder of the audit.
 func AuditDir(cfg *config.Config) string { return filepath.Join(cfg.State, "audit") }
 

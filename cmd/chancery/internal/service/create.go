@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/chancery-ca/chancery/ca/audit"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/tpm"
@@ -26,25 +27,28 @@ var ErrHalfLog = errors.New("half of the log is missing")
 // log's, or one that an interrupted init left.
 var ErrCounterExists = errors.New("counter exists already")
 
-// Create makes the logs and their anchors that the configuration names,
-// and the counters that the anchors are bound to. It and Add are the only ways in
-// which a log begins. When any of the logs exists nothing is made: ErrLogExists,
-// ErrHalfLog.
+// Create makes the logs and their anchors that the configuration names, the
+// counters that the anchors are bound to, and the audit. It and Add are the only
+// ways in which a log or the audit begins. When any of them exists nothing is
+// made: ErrLogExists, ErrHalfLog, audit.ErrExists.
 func Create(ctx context.Context, cfg *config.Config, opts Options) error {
 	_, _, err := create(ctx, cfg, opts, false)
 	return err
 }
 
-// Add makes those logs of the configuration that do not exist, and leaves the
-// others as they are, but for a configured counter that does not exist. It returns
-// the names of both, as LogPlaces has them. When one exists in part no log is
-// made: ErrHalfLog.
+// Add makes those logs of the configuration that do not exist, and the audit if
+// it does not, and leaves the others as they are, but for a configured counter
+// that does not exist. It returns the names of both, as LogPlaces has them, and
+// "the audit". When a log exists in part none is made: ErrHalfLog.
 func Add(ctx context.Context, cfg *config.Config, opts Options) (made, kept []string, err error) {
 	return create(ctx, cfg, opts, true)
 }
 
 func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (made, kept []string, err error) {
-	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor"), AuditDir(cfg)} {
+	if begun, err := audit.Files(AuditDir(cfg)); err != nil || len(begun) > 0 && !add {
+		return nil, nil, fmt.Errorf("create audit: %w", errors.Join(err, audit.ErrExists))
+	}
+	for _, dir := range []string{logDir(cfg), filepath.Join(cfg.State, "anchor")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, nil, fmt.Errorf("create state folder: %w", err)
 		}
@@ -86,8 +90,22 @@ func create(ctx context.Context, cfg *config.Config, opts Options, add bool) (ma
 		}
 		made = append(made, place.Name)
 	}
+	if !HasAudit(cfg) {
+		return made, kept, nil
+	}
+	switch err := audit.Create(AuditDir(cfg), newClock(opts.Logger).Now); {
+	case errors.Is(err, audit.ErrExists) && add:
+		kept = append(kept, auditName)
+	case err != nil:
+		return made, kept, err
+	default:
+		made = append(made, auditName)
+	}
 	return made, kept, nil
 }
+
+// auditName is how Add calls the audit.
+const auditName = "the audit"
 
 // exists says whether the log is there, whole.
 func exists(ctx context.Context, engine *tree.Engine, place LogPlace) (bool, error) {
