@@ -2,6 +2,7 @@ package identity
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
@@ -111,12 +112,31 @@ func (c candidates) VerifySignature(_ context.Context, raw string) ([]byte, erro
 		if key.Algorithm != "" && key.Algorithm != jws.Signatures[0].Header.Algorithm {
 			continue
 		}
-		if payload, err := jws.Verify(key.Key); err == nil {
+		if payload, err := jws.Verify(key.Key); err == nil && saltFits(key.Key, raw, jws.Signatures[0]) {
 			return payload, nil
 		}
 	}
 	return nil, errSignature
 }
+
+// saltFits says whether the salt of an RSA-PSS signature, which go-jose has
+// verified with a salt of any length, is as long as the hash (RFC 7518, Section
+// 3.5). It is true for other algorithms.
+func saltFits(key any, raw string, sig jose.Signature) bool {
+	hash, pss := pssHashes[sig.Header.Algorithm]
+	if !pss {
+		return true
+	}
+	public, ok := key.(*rsa.PublicKey)
+	if !ok {
+		return false
+	}
+	h := hash.New()
+	h.Write([]byte(raw[:strings.LastIndexByte(raw, '.')]))
+	return rsa.VerifyPSS(public, hash, h.Sum(nil), sig.Signature, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil
+}
+
+var pssHashes = map[string]crypto.Hash{oidc.PS256: crypto.SHA256, oidc.PS384: crypto.SHA384, oidc.PS512: crypto.SHA512}
 
 var joseAlgorithms = func() (out []jose.SignatureAlgorithm) {
 	for _, a := range algorithms {
@@ -276,7 +296,7 @@ func parseKeys(body []byte) ([]jose.JSONWebKey, error) {
 	var keys []jose.JSONWebKey
 	for _, r := range raw.Keys {
 		var key jose.JSONWebKey
-		if err := json.Unmarshal(r, &key); err == nil && signs(key) {
+		if err := json.Unmarshal(r, &key); err == nil && signs(key) && mayVerify(r) {
 			keys = append(keys, key)
 		}
 	}
@@ -284,6 +304,16 @@ func parseKeys(body []byte) ([]jose.JSONWebKey, error) {
 		return nil, errNoKeys
 	}
 	return keys, nil
+}
+
+// mayVerify says whether a key's operations, if it names them, have verify (RFC
+// 7517, Section 4.3).
+func mayVerify(key []byte) bool {
+	var named struct {
+		Operations []string `json:"key_ops"`
+	}
+	err := json.Unmarshal(key, &named)
+	return err == nil && (named.Operations == nil || slices.Contains(named.Operations, "verify"))
 }
 
 // errNoKeys: the key set could be read, and no token can be verified with it.

@@ -54,12 +54,14 @@ func parseToken(raw string) (*token, error) {
 	if err != nil {
 		return nil, refuse("header is not strict JSON")
 	}
-	payload, err := decodeSegment(body)
-	if err != nil {
+	t := &token{raw: raw, signed: raw[:len(head)+1+len(body)], algorithm: header.text("alg"), keyID: header.text("kid")}
+	if err := t.checkHeader(header); err != nil {
+		return nil, err
+	}
+	if t.claims, err = decodeSegment(body); err != nil {
 		return nil, refuse("payload is not strict JSON")
 	}
-	t := &token{raw: raw, signed: raw[:len(head)+1+len(body)], algorithm: header.text("alg"), keyID: header.text("kid"), claims: payload}
-	return t, t.checkHeader(header)
+	return t, nil
 }
 
 func decodeSegment(segment string) (claims, error) {
