@@ -89,6 +89,10 @@ type SCTSource interface {
 type Promise interface {
 	// SCT returns the TLS-encoded SignedCertificateTimestamp.
 	SCT() []byte
+	// Signed returns the SHA-256 digest that the log's key signed for the SCT,
+	// and the DER signature, which that key verified before it returned it
+	// (hsm.Key).
+	Signed() (digest [32]byte, signature []byte)
 	// Commit enters the leaf and returns when it is durable. precert is the
 	// DER precertificate and chain its issuers, root last.
 	Commit(ctx context.Context, precert []byte, chain [][]byte) (index uint64, err error)
@@ -123,9 +127,10 @@ type Config struct {
 	// one is given.
 	SCTs      SCTSource
 	Submitter Submitter
-	// LogKey is the public key of the log in this process, with which every SCT
-	// is verified before its certificate is signed. Without it the SCT of SCTs
-	// is trusted as the source returns it.
+	// LogKey is the public key of the log in this process. It has verified the
+	// SCT's signature (hsm.Key), over a digest that must be that of our own TBS
+	// before the certificate is signed. Without it the SCT of SCTs is trusted
+	// as the source returns it.
 	LogKey crypto.PublicKey
 	// LogKeys are those of the logs elsewhere, of which Submitter has one give
 	// the SCT. It needs them.
@@ -394,7 +399,8 @@ func (a *Authority) precertify(ctx context.Context, leaf *profile.Leaf) (precert
 func (a *Authority) seal(ctx context.Context, leaf *profile.Leaf, precert []byte, promise Promise, granted *grant) (der []byte, index uint64, err error) {
 	sct := promise.SCT()
 	if a.cfg.LogKey != nil {
-		if err := leaf.CheckSCT(sct, a.cfg.LogKey); err != nil {
+		digest, signature := promise.Signed()
+		if err := leaf.CheckSignedSCT(sct, a.cfg.LogKey, digest, signature); err != nil {
 			return nil, 0, fmt.Errorf("check SCT: %w: %w", ErrLog, err)
 		}
 	}

@@ -388,28 +388,55 @@ func failing(err error) func(*fixture, *ca.Config, *ca.Request) {
 	}
 }
 
-// TestSwappedSCT: an SCT that the log made for another certificate is refused.
+// TestSwappedSCT: an SCT that the log made for another certificate is refused,
+// alone and with what was signed for it.
 func TestSwappedSCT(t *testing.T) {
-	f := newFixture(t)
-	var first []byte
-	f.Log.Tamper = func(sct []byte) []byte {
-		if first == nil {
-			first = sct
-		}
-		return first
-	}
-	a := authority(t, f.Config())
-	if _, err := a.Issue(t.Context(), request(t)); err != nil {
-		t.Fatal(err)
-	}
-	signed := f.Key.Count()
-	if _, err := a.Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrLog) || !errors.Is(err, profile.ErrSCT) {
-		t.Errorf("err %v", err)
-	}
-	if n := f.Key.Count() - signed; n != 1 {
-		t.Errorf("%d signatures for a refused certificate, want the precertificate's alone", n)
+	for name, whole := range map[string]bool{"the SCT": false, "the whole promise": true} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t)
+			cfg := f.Config()
+			cfg.SCTs = &swapping{SCTSource: cfg.SCTs, whole: whole}
+			a := authority(t, cfg)
+			if _, err := a.Issue(t.Context(), request(t)); err != nil {
+				t.Fatal(err)
+			}
+			signed := f.Key.Count()
+			if _, err := a.Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrLog) || !errors.Is(err, profile.ErrSCT) {
+				t.Errorf("err %v", err)
+			}
+			if n := f.Key.Count() - signed; n != 1 {
+				t.Errorf("%d signatures for a refused certificate, want the precertificate's alone", n)
+			}
+		})
 	}
 }
+
+// swapping is a log that gives everybody the SCT of the first.
+type swapping struct {
+	ca.SCTSource
+	whole bool // what was signed for it as well
+	first ca.Promise
+}
+
+func (s *swapping) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
+	p, err := s.SCTSource.Promise(ctx, issuerKeyHash, tbs)
+	switch {
+	case err != nil:
+		return nil, err
+	case s.first == nil:
+		s.first = p
+	case s.whole:
+		return s.first, nil
+	}
+	return swapped{p, s.first}, nil
+}
+
+type swapped struct {
+	ca.Promise
+	other ca.Promise
+}
+
+func (s swapped) SCT() []byte { return s.other.SCT() }
 
 // TestFinalSignatureFails: the leaf may be in the log, the certificate is not released.
 func TestFinalSignatureFails(t *testing.T) {

@@ -585,6 +585,15 @@ func TestSCTs(t *testing.T) {
 	}
 	l, other := newLeaf(), newLeaf()
 	good := log.sct(t, issuer.KeyHash(), l.LogTBS(), nil)
+	parsed, err := parseSCT(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := parsed.signedData(issuer.KeyHash(), l.LogTBS())
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, signature := sha256.Sum256(data), parsed.signature
 	edit := func(change func([]byte)) []byte {
 		b := bytes.Clone(good)
 		change(b)
@@ -631,7 +640,20 @@ func TestSCTs(t *testing.T) {
 			if err := l.CheckSCT(test.sct, log.key.Public()); (err == nil) != test.check || (err != nil && !errors.Is(err, ErrSCT)) {
 				t.Errorf("CheckSCT: %v", err)
 			}
+			// What the log's key signed for this leaf lets this SCT pass alone.
+			err = l.CheckSignedSCT(test.sct, log.key.Public(), digest, signature)
+			if want := bytes.Equal(test.sct, good); (err == nil) != want || (err != nil && !errors.Is(err, ErrSCT)) {
+				t.Errorf("CheckSignedSCT: %v", err)
+			}
 		})
+	}
+	for name, signed := range map[string]struct {
+		digest    [32]byte
+		signature []byte
+	}{"another digest": {[32]byte{}, signature}, "another signature": {digest, edit(func(b []byte) { b[60] ^= 1 })[47:]}, "no signature": {digest, nil}} {
+		if err := l.CheckSignedSCT(good, log.key.Public(), signed.digest, signed.signature); !errors.Is(err, ErrSCT) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 	for name, key := range map[string]crypto.PublicKey{"nil": nil, "nil ECDSA": (*ecdsa.PublicKey)(nil), "Ed25519": ed25519.PublicKey(make([]byte, 32))} {
 		if err := l.CheckSCT(good, key); !errors.Is(err, ErrSCT) {

@@ -3,6 +3,7 @@ package ct_test
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -88,6 +89,10 @@ func TestPromiseBecomesEmbeddedSCT(t *testing.T) {
 	}
 	if err := ctutil.VerifySCT(f.key.Public(), parseCT(t, precert.Raw, f.issuer.Raw), sct, false); err != nil {
 		t.Errorf("SCT with the precertificate: %v", err)
+	}
+	digest, signature := p.Signed()
+	if !ecdsa.VerifyASN1(f.key.Public().(*ecdsa.PublicKey), digest[:], signature) || !bytes.Equal(signature, sct.Signature.Signature) {
+		t.Error("Signed is not what the SCT's signature covers")
 	}
 
 	// The final certificate carries the SCT where the precertificate has its

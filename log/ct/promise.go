@@ -20,6 +20,7 @@ type Promise struct {
 	log       *Log
 	entry     *ct.TimestampedEntry
 	signed    []byte // what the signature covers, and the leaf's value
+	digest    [sha256.Size]byte
 	signature []byte // DER ECDSA
 	sct       []byte
 }
@@ -65,12 +66,20 @@ func (l *Log) promise(ctx context.Context, entry *ct.TimestampedEntry) (*Promise
 	if err != nil {
 		return nil, err
 	}
-	return &Promise{log: l, entry: entry, signed: signed, signature: signature, sct: sct}, nil
+	return &Promise{log: l, entry: entry, signed: signed, digest: digest, signature: signature, sct: sct}, nil
 }
 
 // SCT returns the TLS-encoded SignedCertificateTimestamp. The slice belongs to
 // the promise.
 func (p *Promise) SCT() []byte { return p.sct }
+
+// Signed returns the SHA-256 digest that the log's key signed, and the DER
+// ECDSA signature, which the key verified before it returned it (hsm.Key). Who
+// computes the digest of his own TBS need not verify the SCT again. The slice
+// belongs to the promise.
+func (p *Promise) Signed() (digest [sha256.Size]byte, signature []byte) {
+	return p.digest, p.signature
+}
 
 // Commit puts the promised leaf into the log and returns its index when it is
 // durable. precert is the DER precertificate, whose TBS without the poison

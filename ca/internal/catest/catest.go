@@ -97,18 +97,18 @@ func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (
 			return nil, err
 		}
 	}
-	sct, err := l.sign(ctx, issuerKeyHash, tbs)
+	p, err := l.sign(ctx, issuerKeyHash, tbs)
 	if err != nil {
 		return nil, err
 	}
 	if l.Tamper != nil {
-		sct = l.Tamper(sct)
+		p.sct = l.Tamper(p.sct)
 	}
-	return &Promise{log: l, sct: sct, tbs: tbs}, nil
+	return p, nil
 }
 
 // sign makes a SignedCertificateTimestamp (RFC 6962, Section 3.2).
-func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) ([]byte, error) {
+func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*Promise, error) {
 	spki, err := x509.MarshalPKIXPublicKey(l.Key.Public())
 	if err != nil {
 		return nil, err
@@ -134,17 +134,22 @@ func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) ([]b
 	sct.AddUint16(0)
 	sct.AddBytes([]byte{4, 3}) // sha256, ecdsa
 	sct.AddUint16LengthPrefixed(func(b *cryptobyte.Builder) { b.AddBytes(signature) })
-	return sct.Bytes()
+	return &Promise{log: l, sct: sct.BytesOrPanic(), tbs: tbs, digest: digest, signature: signature}, nil
 }
 
 // Promise is what ca.Promise wants.
 type Promise struct {
-	log      *Log
-	sct, tbs []byte
+	log       *Log
+	sct, tbs  []byte
+	digest    [32]byte
+	signature []byte
 }
 
 // SCT returns the TLS-encoded SCT.
 func (p *Promise) SCT() []byte { return p.sct }
+
+// Signed returns what the log's key signed, and its signature.
+func (p *Promise) Signed() (digest [32]byte, signature []byte) { return p.digest, p.signature }
 
 // Commit keeps the leaf.
 func (p *Promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
