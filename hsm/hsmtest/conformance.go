@@ -141,20 +141,23 @@ func generateAndOpen(t *testing.T, d Device) {
 			t.Errorf("Ref has spki %x, want %x (%v)", made.Ref().SPKI, want, err)
 		}
 		spki := made.Ref().SPKI
-		refs := map[string]hsm.Ref{
-			"its own ref": made.Ref(),
-			"by label":    {URI: d.URI(label, nil), SPKI: spki},
-			"by id":       {URI: d.URI("", id), SPKI: spki},
-			"by both":     {URI: d.URI(label, id), SPKI: spki},
-		}
-		for name, ref := range refs {
-			key, err := token.Open(t.Context(), ref, hsm.RoleCT)
+		// In this order: a report holds the first line.
+		for _, row := range []struct {
+			name string
+			ref  hsm.Ref
+		}{
+			{"its own ref", made.Ref()},
+			{"by label", hsm.Ref{URI: d.URI(label, nil), SPKI: spki}},
+			{"by id", hsm.Ref{URI: d.URI("", id), SPKI: spki}},
+			{"by both", hsm.Ref{URI: d.URI(label, id), SPKI: spki}},
+		} {
+			key, err := token.Open(t.Context(), row.ref, hsm.RoleCT)
 			if err != nil {
-				t.Errorf("open %s: %v", name, err)
+				t.Errorf("open %s: %v", row.name, err)
 				continue
 			}
-			if key.Ref() != ref {
-				t.Errorf("open %s: Ref is %v, want %v", name, key.Ref(), ref)
+			if key.Ref() != row.ref {
+				t.Errorf("open %s: Ref is %v, want %v", row.name, key.Ref(), row.ref)
 			}
 			verifies(t, key, algorithm.Hash())
 		}
@@ -288,14 +291,14 @@ func ambiguous(t *testing.T, d Device) {
 	}
 	twin := NewKey(t, token, "twin", hsm.ECDSAP256)
 	id := mustID(t, token, twin)
-	label, uris := "twin", map[string]string{"label": d.URI("twin", nil), "id": d.URI("", id), "label and id": twin.Ref().URI}
+	label, uris := "twin", []string{d.URI("twin", nil), d.URI("", id), twin.Ref().URI}
 	if d.OneLabel != "" {
-		label, uris = "other", map[string]string{"id": d.URI("", id)}
+		label, uris = "other", []string{d.URI("", id)}
 	}
 	d.Plant(t, token, Planted{Label: label, ID: id})
-	for name, uri := range uris {
+	for _, uri := range uris {
 		_, err := token.Open(t.Context(), hsm.Ref{URI: uri, SPKI: twin.Ref().SPKI}, hsm.RoleCT)
-		d.wants(t, "two pairs with one id, by "+name, err, hsm.ErrAmbiguous)
+		d.wants(t, "two pairs with one id, by "+uri, err, hsm.ErrAmbiguous)
 	}
 	_, err := token.Find(t.Context(), id)
 	d.wants(t, "two pairs with one id, Find", err, hsm.ErrAmbiguous)
@@ -458,7 +461,11 @@ func selfTest(t *testing.T, d Device) {
 		if err := hsm.Verify(key.Public().(*ecdsa.PublicKey), h.Sum(nil), proof.Signature); err != nil {
 			t.Errorf("proof: %v", err)
 		}
-		for _, n := range []int{3, 40, hsm.SelfTestSignatures + 1} {
+		repeats := []int{3}
+		if algorithm == hsm.ECDSAP256 { // the other takes ten times as long
+			repeats = []int{3, 40, hsm.SelfTestSignatures + 1}
+		}
+		for _, n := range repeats {
 			_, err := hsm.SelfTest(t.Context(), &stuck{Key: key, n: n}, now)
 			d.wants(t, fmt.Sprintf("%s: signature %d repeats another", algorithm, n), err, hsm.ErrBadSignature)
 		}
@@ -492,7 +499,7 @@ func randomAndKeys(t *testing.T, d Device) {
 		d.wants(t, fmt.Sprintf("Random(%d)", n), err, hsm.ErrUnsupported)
 	}
 	NewKey(t, token, "one", hsm.ECDSAP256)
-	NewKey(t, token, "two", hsm.ECDSAP384)
+	NewKey(t, token, "two", hsm.ECDSAP256)
 	if n, err := token.Keys(t.Context()); err != nil || n != 2 {
 		t.Errorf("Keys = %d, %v; want 2", n, err)
 	}
@@ -506,7 +513,7 @@ func concurrent(t *testing.T, d Device) {
 		wg.Go(func() {
 			key := keys[i%len(keys)]
 			hash := hashOf(t, key)
-			for j := range 4 {
+			for j := range 2 {
 				h := hash.New()
 				_, _ = fmt.Fprintf(h, "%d %d", i, j)
 				digest := h.Sum(nil)
