@@ -32,7 +32,7 @@ func TestTokenPulled(t *testing.T) {
 				DemoRootToken:   hsmtest.OpenSoftHSM(t, shim.NewToken(t)),
 				DemoOnlineToken: hsmtest.OpenSoftHSM(t, shim.NewToken(t)),
 			}
-			opts := Options{Tokens: tokens, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+			opts := Options{Tokens: tokens, Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 			opts.Progress = func(e Event) {
 				if e.Step.ID == "key/tsa-root" && !e.Done && !e.Skipped {
 					tc.pull(shim)

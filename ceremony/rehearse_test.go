@@ -32,6 +32,22 @@ func demoDefinition(t testing.TB) *Definition {
 	return d
 }
 
+// memoryFolder is a new folder in memory, where there is one: a ceremony waits
+// for the disk a hundred times, which is shown elsewhere.
+func memoryFolder(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "chancery-ceremony-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // theDemo is the demonstration's definition itself.
 func theDemo(t testing.TB) *Definition {
 	t.Helper()
@@ -53,7 +69,7 @@ func twoTokens(t testing.TB) map[string]hsm.Token {
 func rehearsed(t testing.TB) (*Definition, *Result, Options) {
 	t.Helper()
 	d := theDemo(t)
-	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 	res, err := Rehearse(context.Background(), d, opts)
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +118,7 @@ var errKilled = errors.New("killed")
 // resumed each time, ends with exactly one key for each name and verifies.
 func TestResumeAfterEveryRecord(t *testing.T) {
 	d := demoDefinition(t)
-	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Resume: true}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Resume: true}
 	kills := 0
 	for ; ; kills++ {
 		// One reading of the clock before anything is written, one for each
@@ -251,7 +267,7 @@ func TestRehearseRefuses(t *testing.T) {
 		{"a program that is not there", nil, func(o *Options) { o.Binary = "/nonexistent" }, os.ErrNotExist},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 			if tc.token != nil {
 				f := *tc.token
 				f.Token = opts.Tokens[DemoRootToken]
@@ -283,7 +299,7 @@ func place(t testing.TB, dir, name string) {
 }
 
 func TestRehearseTokenNotEmpty(t *testing.T) {
-	opts := Options{Tokens: twoTokens(t), Dir: t.TempDir(), Now: fixedClock}
+	opts := Options{Tokens: twoTokens(t), Dir: memoryFolder(t), Now: fixedClock}
 	hsmtest.NewKey(t, opts.Tokens[DemoOnlineToken], "left-behind", hsm.ECDSAP256)
 	if _, err := Rehearse(context.Background(), demoDefinition(t), opts); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("error %v, want ErrNotEmpty", err)
@@ -333,7 +349,7 @@ func interrupted(t *testing.T) (*Definition, Options, *faulty) {
 	d, tokens := demoDefinition(t), twoTokens(t)
 	root := &faulty{Token: tokens[DemoRootToken], generate: hsm.ErrLost}
 	tokens[DemoRootToken] = root
-	opts := Options{Tokens: tokens, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	opts := Options{Tokens: tokens, Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, hsm.ErrLost) {
 		t.Fatalf("error %v, want ErrLost", err)
 	}
@@ -414,7 +430,7 @@ func TestRehearseWindow(t *testing.T) {
 		{"the last second", time.Date(2026, 11, 22, 18, 0, 0, 0, time.UTC), nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: func() (time.Time, error) { return tc.now, nil }}
+			opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: func() (time.Time, error) { return tc.now, nil }}
 			if _, err := Rehearse(context.Background(), d, opts); !errors.Is(err, tc.want) {
 				t.Errorf("error %v, want %v", err, tc.want)
 			}
@@ -461,7 +477,7 @@ func TestResumeAfterFullDisk(t *testing.T) {
 func TestRehearseCancelled(t *testing.T) {
 	d := demoDefinition(t)
 	ctx, cancel := context.WithCancel(context.Background())
-	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 	opts.Progress = func(e Event) {
 		if e.Step.Kind == StepKey && e.Done {
 			cancel()
