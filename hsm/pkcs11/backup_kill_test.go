@@ -54,7 +54,7 @@ func TestRestoreChild(t *testing.T) {
 // object, and restores again.
 func TestRestoreKilled(t *testing.T) {
 	p := newBackupPair(t)
-	key := p.key(t, "root", hsm.ECDSAP384)
+	key := p.key(t, "root", hsm.ECDSAP256)
 	w := p.wrap(t, key)
 	spki := key.Ref().SPKI
 	for _, token := range []*pkcs11.Token{p.source, p.target} {
