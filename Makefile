@@ -17,7 +17,7 @@ GROWTH      ?= 10000000
 POINTS      ?= 2000
 
 # Debian packages, each with a command or file that shows it is there.
-PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkcs11-1 libtpm2-pkcs11-tools libnss3 libnss3-tools p11-kit openssl openssh-client strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl
+PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkcs11-1 libtpm2-pkcs11-tools libnss3 libnss3-tools p11-kit openssl openssh-client strace gcc libc6-dev git systemd systemd-container python3 python3-venv curl jose
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
@@ -79,6 +79,7 @@ torture: deps ## kill the log, fail its calls and cut its power, at POINTS point
 
 torture-hsm: deps ## fail every call to the token while keys sign, and take it away; prints what came of it
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -timeout 20m -v ./test/hsmtorture
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -run TestAttestation ./hsm/tpm
 
 fuzz: deps ## run every fuzz target (of the folders FUZZ) for FUZZTIME, 60s or 3000x
 	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz $(FUZZ)

@@ -37,7 +37,7 @@ func checkRSA(key *rsa.PublicKey) error {
 var primes = func() (out []uint64) {
 	for n := int64(2); n < 752; n++ {
 		if big.NewInt(n).ProbablyPrime(0) { // exact below 2^64
-			out = append(out, uint64(n)) //nolint:gosec // G115: not negative
+			out = append(out, uint64(n))
 		}
 	}
 	return out
