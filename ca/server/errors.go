@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"math"
 	"net/http"
 	"strconv"
 
@@ -74,10 +75,22 @@ func failureOf(ctx context.Context, err error) failure {
 	}
 	for _, row := range failures {
 		if errors.Is(err, row.err) {
-			return row.failure
+			return row.later(err)
 		}
 	}
 	return failure{http.StatusInternalServerError, codes.Internal, "internal error", 0}
+}
+
+// maxRetry bounds the Retry-After header, in seconds.
+const maxRetry = 30
+
+// later says when to try again, if err knows better than the table.
+func (f failure) later(err error) failure {
+	var busy *busyError
+	if errors.As(err, &busy) {
+		f.retry = int(min(max(math.Ceil(busy.retry.Seconds()), 1), maxRetry))
+	}
+	return f
 }
 
 // fail logs err and answers with its failure, in the form of grpc-gateway.

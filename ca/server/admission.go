@@ -1,0 +1,82 @@
+package server
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/chancery-ca/chancery/ca"
+)
+
+// admission refuses at once what could not be answered in time. A token signs
+// at its own pace, between a dozen and thousands of signatures in a second, and
+// a request too many makes all who wait wait longer, until every answer is too
+// late and none is of use. So the pace is measured, the time from one
+// certificate to the next while there is work, and the request that would be
+// number n in work is let in if n times that is no longer than wait.
+//
+// It looks at a request before anything of it is verified: to refuse costs next
+// to nothing. It is safe for concurrent use.
+type admission struct {
+	wait time.Duration // the longest time from admission to answer that is expected of a request
+
+	mu     sync.Mutex
+	inWork int
+	pace   time.Duration // from one certificate to the next, averaged
+	since  time.Time     // when the last certificate was made, or work began after none
+}
+
+const (
+	// fewInWork is how many requests are let in whatever the pace: several
+	// sessions of a token work at once, and it is with them that the pace shows.
+	fewInWork = 8
+	// mostInWork bounds what is let in, whatever the pace.
+	mostInWork = ca.DefaultMaxConcurrent
+	// firstInWork is how many are let in before a pace was measured.
+	firstInWork = 64
+	// paceWeight is the part of the average that a new certificate is.
+	paceWeight = 32
+)
+
+func newAdmission(wait time.Duration) *admission {
+	return &admission{wait: wait, pace: wait / firstInWork}
+}
+
+// busyError is ca.ErrBusy with the time after which there will be room.
+type busyError struct{ retry time.Duration }
+
+func (e *busyError) Error() string {
+	return fmt.Sprintf("%s: room in %s", ca.ErrBusy, e.retry.Round(time.Millisecond))
+}
+
+func (e *busyError) Unwrap() error { return ca.ErrBusy }
+
+// enter lets a request in or refuses it with a *busyError. Who was let in
+// leaves.
+func (a *admission) enter() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	expected := time.Duration(a.inWork+1) * a.pace
+	if a.inWork >= mostInWork || a.inWork >= fewInWork && expected > a.wait {
+		return &busyError{expected}
+	}
+	if a.inWork == 0 {
+		a.since = time.Now()
+	}
+	a.inWork++
+	return nil
+}
+
+// leave is the end of a request that was let in; issued says whether it got a
+// certificate. A refused one says nothing about the pace.
+func (a *admission) leave(issued bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.inWork--
+	if !issued {
+		return
+	}
+	now := time.Now()
+	a.pace += (min(now.Sub(a.since), a.wait) - a.pace) / paceWeight
+	a.since = now
+}
