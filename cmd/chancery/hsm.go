@@ -130,10 +130,14 @@ var errNoTerminal = errors.New("not a terminal")
 // askPIN asks for a PIN on a terminal, without echo, until ctx ends.
 func askPIN(ctx context.Context, in io.Reader, out io.Writer, token string) ([]byte, error) {
 	f, ok := in.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
+	if !ok {
 		return nil, errNoTerminal
 	}
-	before, err := term.GetState(int(f.Fd()))
+	fd := int(f.Fd())
+	if !term.IsTerminal(fd) {
+		return nil, errNoTerminal
+	}
+	before, err := term.GetState(fd)
 	if err != nil {
 		return nil, fmt.Errorf("ask for PIN: %w", err)
 	}
@@ -146,12 +150,12 @@ func askPIN(ctx context.Context, in io.Reader, out io.Writer, token string) ([]b
 	}
 	answers := make(chan answer, 1)
 	go func() {
-		pin, err := term.ReadPassword(int(f.Fd()))
+		pin, err := term.ReadPassword(fd)
 		answers <- answer{pin, err}
 	}()
 	select {
 	case <-ctx.Done():
-		return nil, errors.Join(fmt.Errorf("ask for PIN: %w", context.Cause(ctx)), term.Restore(int(f.Fd()), before), line(out))
+		return nil, errors.Join(fmt.Errorf("ask for PIN: %w", context.Cause(ctx)), term.Restore(fd, before), line(out))
 	case a := <-answers:
 		if a.err == nil && len(a.pin) == 0 {
 			a.err = errors.New("none was typed")
