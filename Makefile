@@ -80,7 +80,6 @@ torture: deps ## kill the log, fail its calls and cut its power, at POINTS point
 torture-hsm: deps ## fail every call to the token while keys sign, and take it away; prints what came of it
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -timeout 20m -v ./test/hsmtorture
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -run TestAttestation ./hsm/tpm
-	CHANCERY_REQUIRE_HSM=1 CHANCERY_TORTURE_HSM=1 $(GO) test -race -count=1 -run TestAttestation ./hsm/tpm
 
 fuzz: deps ## run every fuzz target (of the folders FUZZ) for FUZZTIME, 60s or 3000x
 	test/fuzz.sh $(FUZZTIME) $(BIN)/fuzz $(FUZZ)
