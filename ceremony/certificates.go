@@ -199,6 +199,11 @@ func (f *facts) issuerOf(name string, cert *x509.Certificate) *x509.Certificate 
 // signer opens the key that signs the named certificate, by its public key.
 func (r *run) signer(ctx context.Context, name string) (hsm.Key, error) {
 	def := r.def.Certificates[name]
+	if r.def.isPrevious(def.Issuer) {
+		role := map[string]hsm.Role{previousRoot: hsm.RoleRoot, previousTSARoot: hsm.RoleTSARoot}[def.Issuer]
+		key, _, err := r.previousKey(ctx, role)
+		return key, err
+	}
 	keyName := def.Key
 	if !def.SelfSigned {
 		keyName = r.def.Certificates[def.Issuer].Key

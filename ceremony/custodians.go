@@ -53,7 +53,7 @@ type tufIntent struct {
 // tufData is a statement in StepTUF: a custodian's signatures.
 type tufData struct {
 	Root    []byte `json:"root"`
-	Targets []byte `json:"targets"`
+	Targets []byte `json:"targets,omitempty"`
 }
 
 // tufResult is the result of StepTUF.
@@ -82,7 +82,7 @@ func (d *Definition) custodySteps() ([]Step, error) {
 	if d.TUF == nil {
 		return nil, nil
 	}
-	if d.keyOfRole(hsm.RoleTUFOnline) == "" {
+	if d.keyOfRole(hsm.RoleTUFOnline) == "" && d.Previous == nil {
 		return nil, fmt.Errorf("tuf: no key %s: %w", hsm.RoleTUFOnline, ErrDefinition)
 	}
 	if _, err := d.tufExpires(); err != nil {
@@ -123,7 +123,7 @@ func (d *Definition) tufExpires() (tuf.Expires, error) {
 // isCustodian says whether a step's statements may be of this custodian.
 func (d *Definition) isCustodian(step Step, id string) bool {
 	return (step.Kind == StepCustodians || step.Kind == StepTUF) && d.TUF != nil &&
-		slices.ContainsFunc(d.TUF.Custodians, func(c TUFSigner) bool { return c.ID == id })
+		slices.ContainsFunc(d.TUF.signers(), func(c TUFSigner) bool { return c.ID == id })
 }
 
 // custodianKey returns the key of a custodian who has brought their token, or
@@ -142,7 +142,7 @@ func (r *run) custodianKey(ctx context.Context, id string) (hsm.Key, error) {
 // custodians records every custodian's public key.
 func (r *run) custodians(ctx context.Context, s Step) error {
 	data := custodiansData{}
-	for _, c := range r.def.TUF.Custodians {
+	for _, c := range r.def.TUF.signers() {
 		data.Custodians = append(data.Custodians, c.ID)
 		if r.facts.tuf.keys[c.ID] != nil {
 			continue
@@ -251,10 +251,10 @@ func (f *facts) takeCustodians(rec *Record, _ Step) error {
 		if err := rec.result(&d); err != nil {
 			return err
 		}
-		if len(d.Custodians) != len(f.def.TUF.Custodians) || len(f.tuf.keys) != len(d.Custodians) {
+		if len(d.Custodians) != len(f.def.TUF.signers()) || len(f.tuf.keys) != len(d.Custodians) {
 			return bad(rec, "not every custodian's key is known")
 		}
-		for i, c := range f.def.TUF.Custodians {
+		for i, c := range f.def.TUF.signers() {
 			if d.Custodians[i] != c.ID {
 				return bad(rec, "not the custodians of the definition")
 			}
@@ -265,11 +265,11 @@ func (f *facts) takeCustodians(rec *Record, _ Step) error {
 	if err := rec.decode(&d); err != nil {
 		return err
 	}
-	i := slices.IndexFunc(f.def.TUF.Custodians, func(c TUFSigner) bool { return c.ID == rec.Actor })
+	i := slices.IndexFunc(f.def.TUF.signers(), func(c TUFSigner) bool { return c.ID == rec.Actor })
 	if i < 0 || f.tuf.keys[rec.Actor] != nil {
 		return bad(rec, "%.40q is no custodian, or their key is known", rec.Actor)
 	}
-	key, err := f.def.checkCustodian(f.def.TUF.Custodians[i], d.PublicKey)
+	key, err := f.def.checkCustodian(f.def.TUF.signers()[i], d.PublicKey)
 	if err != nil {
 		return bad(rec, "%w", err)
 	}
@@ -284,6 +284,9 @@ func (f *facts) tufLayout() (tuf.Layout, error) {
 		return tuf.Layout{}, err
 	}
 	online, ok := f.keys[f.def.keyOfRole(hsm.RoleTUFOnline)].public.(*ecdsa.PublicKey)
+	if before := f.before.tufRoot(); !ok && before != nil {
+		online, ok = before.Layout.Online, true
+	}
 	if !ok {
 		return tuf.Layout{}, fmt.Errorf("%w: key %s was not made", ErrTranscript, hsm.RoleTUFOnline)
 	}
@@ -297,6 +300,9 @@ func (f *facts) tufLayout() (tuf.Layout, error) {
 // tufTargets are the files that clients download.
 func (f *facts) tufTargets(at time.Time) ([]tuf.Target, error) {
 	d := f.def
+	if f.before != nil {
+		return f.nextTargets(at)
+	}
 	files, err := f.trustFiles(f.certs[d.certificateOfKind(profile.Root)], f.certs[d.certificateOfKind(profile.Intermediate)],
 		f.certs[d.certificateOfKind(profile.TSARoot)], f.certs[d.certificateOfKind(profile.TSA)])
 	if err != nil {
@@ -316,7 +322,7 @@ func (f *facts) tufDrafts(at time.Time) (root, targets *tuf.Draft, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if root, err = tuf.NewRoot(layout, nil, at); err != nil {
+	if root, err = tuf.NewRoot(layout, f.before.tufRoot(), at); err != nil {
 		return nil, nil, err
 	}
 	unsigned, err := root.Bytes()
@@ -331,7 +337,7 @@ func (f *facts) tufDrafts(at time.Time) (root, targets *tuf.Draft, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if targets, err = tuf.NewTargets(parsed, 1, files, at); err != nil {
+	if targets, err = tuf.NewTargets(parsed, f.before.tufTargets()+1, files, at); err != nil {
 		return nil, nil, err
 	}
 	for _, id := range sorted(f.tuf.signatures) {
@@ -350,6 +356,12 @@ func (f *facts) addTUF(root, targets *tuf.Draft, custodian string, d tufData) er
 	}
 	if err := root.Add(tuf.Signature{KeyID: id, Sig: d.Root}); err != nil {
 		return err
+	}
+	if f.def.TUF.isLeaving(custodian) {
+		if d.Targets != nil {
+			return fmt.Errorf("custodian %s leaves and signs the root alone: %w", custodian, tuf.ErrForeign)
+		}
+		return nil
 	}
 	return targets.Add(tuf.Signature{KeyID: id, Sig: d.Targets})
 }
@@ -399,7 +411,7 @@ func (r *run) custodiansSign(ctx context.Context, s Step) error {
 			return err
 		}
 	}
-	for _, c := range r.def.TUF.Custodians {
+	for _, c := range r.def.TUF.signers() {
 		if _, ok := r.facts.tuf.signatures[c.ID]; ok {
 			continue
 		}
@@ -450,6 +462,9 @@ func (r *run) custodianSignatures(ctx context.Context, s Step, c TUFSigner) (tuf
 		if err != nil {
 			return tufData{}, err
 		}
+		if r.def.TUF.isLeaving(c.ID) {
+			return tufData{Root: a.Sig}, nil
+		}
 		b, err := targets.Sign(ctx, key)
 		return tufData{Root: a.Sig, Targets: b.Sig}, err
 	}
@@ -465,7 +480,11 @@ func (r *run) custodianSignatures(ctx context.Context, s Step, c TUFSigner) (tuf
 		},
 	}
 	if practice := practiceCustodian(r.def.Hash(), c.ID); r.def.Environment == Rehearsal && practice.PublicKey.Equal(r.facts.tuf.keys[c.ID]) {
-		if q.Practice, err = practiceSignatures(practice, root, targets); err != nil {
+		drafts := []*tuf.Draft{root, targets}
+		if r.def.TUF.isLeaving(c.ID) {
+			drafts = drafts[:1]
+		}
+		if q.Practice, err = practiceSignatures(practice, drafts...); err != nil {
 			return tufData{}, err
 		}
 	}
@@ -513,18 +532,25 @@ func (f *facts) parseTUFSignatures(custodian, answer string) (tufData, error) {
 		}
 	}
 	lines := bytes.SplitAfter(text, []byte("\n"))
-	if len(lines) != 3 || len(lines[2]) != 0 {
-		return tufData{}, errors.New("not two signatures, a line each")
+	want := 2
+	if f.def.TUF.isLeaving(custodian) {
+		want = 1 // of the root
 	}
-	var sigs [2]tuf.Signature
-	for i := range sigs {
-		var err error
+	if len(lines) != want+1 || len(lines[want]) != 0 {
+		return tufData{}, fmt.Errorf("not %d signatures, a line each", want)
+	}
+	id, err := tuf.KeyID(f.tuf.keys[custodian])
+	if err != nil {
+		return tufData{}, err
+	}
+	sigs := make([]tuf.Signature, 2)
+	for i := range want {
 		if sigs[i], err = tuf.ParseSignature(lines[i]); err != nil {
 			return tufData{}, err
 		}
-	}
-	if id, err := tuf.KeyID(f.tuf.keys[custodian]); err != nil || sigs[0].KeyID != id || sigs[1].KeyID != id {
-		return tufData{}, fmt.Errorf("signatures of another key than custodian %s: %w", custodian, tuf.ErrForeign)
+		if sigs[i].KeyID != id {
+			return tufData{}, fmt.Errorf("signatures of another key than custodian %s: %w", custodian, tuf.ErrForeign)
+		}
 	}
 	d := tufData{Root: sigs[0].Sig, Targets: sigs[1].Sig}
 	root, targets, err := f.tufDrafts(f.tuf.at)
@@ -605,18 +631,12 @@ func (r *run) onlineSigns(ctx context.Context, s Step) error {
 			return err
 		}
 	}
-	name := r.def.keyOfRole(hsm.RoleTUFOnline)
-	tok, err := r.token(ctx, r.def.Keys[name].Token)
+	key, err := r.roleKey(ctx, hsm.RoleTUFOnline)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := device(ctx)
 	defer cancel()
-	fact := r.facts.keys[name]
-	key, err := tok.Open(ctx, hsm.Ref{URI: fact.evidence.URI, SPKI: fact.spki}, hsm.RoleTUFOnline)
-	if err != nil {
-		return fmt.Errorf("open key %s: %w", name, err)
-	}
 	data := tufOnlineData{At: r.facts.tuf.onlineAt}
 	sign := func(into *[]byte) func(*tuf.Draft) error {
 		return func(d *tuf.Draft) error {
@@ -654,7 +674,7 @@ func (f *facts) tufRepository(at time.Time, snapshot, timestamp func(*tuf.Draft)
 	if err != nil {
 		return nil, err
 	}
-	version := tuf.NextVersion(0, at)
+	version := tuf.NextVersion(f.before.tufVersion(), at)
 	snapshotFile, err := signedDraft(snapshot)(tuf.NewSnapshot(root, targetsFile, version, at))
 	if err != nil {
 		return nil, err
@@ -663,7 +683,7 @@ func (f *facts) tufRepository(at time.Time, snapshot, timestamp func(*tuf.Draft)
 	if err != nil {
 		return nil, err
 	}
-	return tuf.Assemble([][]byte{rootFile}, targetsFile, snapshotFile, timestampFile, files)
+	return tuf.Assemble(append(f.before.tufRoots(), rootFile), targetsFile, snapshotFile, timestampFile, files)
 }
 
 // signedDraft returns what signs a draft and writes it.

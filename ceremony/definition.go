@@ -76,6 +76,9 @@ type Definition struct {
 	Keys         map[string]Key         `yaml:"keys"`
 	Certificates map[string]Certificate `yaml:"certificates"`
 	TUF          *TUF                   `yaml:"tuf"`
+	Previous     *Previous              `yaml:"previous"`
+	Rotation     *Rotation              `yaml:"rotation"`
+	CRL          *Revocations           `yaml:"crl"`
 	Service      Service                `yaml:"service"`
 	Outputs      Outputs                `yaml:"outputs"`
 
@@ -223,8 +226,11 @@ type Subject struct {
 
 // TUF describes the update repository.
 type TUF struct {
-	Threshold        int         `yaml:"threshold"`
-	Custodians       []TUFSigner `yaml:"custodians"`
+	Threshold  int         `yaml:"threshold"`
+	Custodians []TUFSigner `yaml:"custodians"`
+	// Leaving are custodians of before who sign the new root and have no say
+	// after it.
+	Leaving          []TUFSigner `yaml:"leaving"`
 	RootExpires      string      `yaml:"root-expires"`
 	TimestampExpires string      `yaml:"timestamp-expires"`
 }

@@ -512,7 +512,7 @@ func Export(dir, path string) (*bundle.Bundle, error) {
 // takeOver makes the online machine's outputs those of the offline one: what is
 // valid begins when the offline ceremony did, and the custodians signed there.
 func (f *facts) takeOver(other *facts) {
-	f.since = other.since
+	f.since, f.crl = other.since, other.crl
 	repository := f.tuf.repository
 	f.tuf = other.tuf
 	f.tuf.repository = repository
@@ -537,5 +537,5 @@ func (f *facts) offlineRepository() (*tuf.Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	return tuf.Assemble([][]byte{rootFile}, targetsFile, nil, nil, files)
+	return tuf.Assemble(append(f.before.tufRoots(), rootFile), targetsFile, nil, nil, files)
 }

@@ -20,6 +20,10 @@ func kindOf(k Kind) (ceremonyKind, error) {
 	switch k {
 	case Genesis:
 		return ceremonyKind{plan: planGenesis, files: (*facts).genesisFiles}, nil
+	case Rotate, LogKey:
+		return ceremonyKind{plan: planRotate, files: (*facts).laterFiles}, nil
+	case CRL:
+		return ceremonyKind{plan: planCRL, files: (*facts).laterFiles}, nil
 	}
 	return ceremonyKind{}, fmt.Errorf("kind %s: %w", k, ErrNotInVersion)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -135,9 +136,9 @@ func (d *Definition) machineOf(s Step) Machine {
 		return d.Tokens[s.Name].Machine
 	case StepKey:
 		return d.Tokens[d.Keys[s.Name].Token].Machine
-	case StepCertificate, StepCustodians, StepTUF:
+	case StepCertificate, StepCRL, StepCustodians, StepTUF:
 		return Offline
-	case StepTUFOnline:
+	case StepTUFOnline, StepFreeze:
 		return Online
 	}
 	return ""
@@ -177,6 +178,14 @@ func (d *Definition) needsImport(s Step) bool {
 		return true
 	}
 	return false
+}
+
+// resultRing is keys.yaml.
+func (f *facts) resultRing() (*trust.KeyRing, error) {
+	if f.before != nil {
+		return f.nextRing()
+	}
+	return f.keyRing()
 }
 
 // requests lists the certificates that the online machine asks for.

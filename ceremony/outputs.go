@@ -181,7 +181,7 @@ func (f *facts) genesisFiles() ([]File, error) {
 		return nil, err
 	}
 	evidence, err := f.evidenceFiles()
-	return slices.Concat(files, trustFiles, repository, evidence), err
+	return slices.Concat(files, trustFiles, f.crlFiles(), repository, evidence), err
 }
 
 // evidenceFiles has one file for each key that was made.

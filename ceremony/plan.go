@@ -69,6 +69,12 @@ func actionOf(kind StepKind) (action, error) {
 		return action{(*run).key, (*facts).takeKey}, nil
 	case StepCertificate:
 		return action{(*run).certificate, (*facts).takeCertificate}, nil
+	case StepPrevious:
+		return action{(*run).previous, (*facts).takePrevious}, nil
+	case StepFreeze:
+		return action{(*run).freeze, (*facts).takeFreeze}, nil
+	case StepCRL:
+		return action{(*run).revoke, (*facts).takeCRL}, nil
 	case StepRequest:
 		return action{(*run).request, (*facts).takeRequest}, nil
 	case StepImport:
@@ -93,19 +99,25 @@ func actionOf(kind StepKind) (action, error) {
 	return action{}, fmt.Errorf("step kind %s: %w", kind, ErrNotInVersion)
 }
 
+// ends says whether such a step only ends a ceremony: it is done after the
+// window, too.
+func (k StepKind) ends() bool {
+	return k == StepAbort || k == StepCheckpoint || k == StepWitnesses || k == StepClose
+}
+
 // Stage says which part of a ceremony a step belongs to, for people: each
 // stage ends with a summary.
 func (k StepKind) Stage() string {
 	switch k {
-	case StepOpen, StepPeople, StepClock:
+	case StepOpen, StepPeople, StepClock, StepPrevious:
 		return "Opening"
 	case StepInventory, StepSelfTest:
 		return "Tokens"
 	case StepEntropy, StepSeed:
 		return "Randomness"
-	case StepKey:
+	case StepKey, StepFreeze:
 		return "Keys"
-	case StepCertificate:
+	case StepCertificate, StepCRL:
 		return "Certificates"
 	case StepRequest, StepImport:
 		return "Exchange"
@@ -168,6 +180,7 @@ func planGenesis(d *Definition) ([]Step, error) {
 	for _, name := range d.certificateOrder() {
 		steps = append(steps, d.certificateStep(name))
 	}
+	steps = append(steps, d.crlStep())
 	custody, err := d.custodySteps()
 	if err != nil {
 		return nil, err

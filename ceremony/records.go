@@ -209,6 +209,9 @@ type facts struct {
 	openedAt                            time.Time
 	since                               time.Time // when what is made becomes valid: openedAt, of two machines the offline one's
 	exchange                            exchangeFacts
+	before                              *previousFacts
+	crl                                 crlFacts
+	frozen                              map[string]frozenData // by role
 	binary                              string
 	present                             map[string]bool          // people
 	watches                             map[string]bool          // people
@@ -275,6 +278,11 @@ func (f *facts) apply(rec *Record) error {
 	}
 	if rec.Type == Statement && step.Kind != StepPeople && step.Kind != StepAbort && !f.present[rec.Actor] && !f.def.isCustodian(step, rec.Actor) {
 		return bad(rec, "%.40q is not there", rec.Actor)
+	}
+	if !step.Kind.ends() {
+		if err := f.def.Window.check(rec.Time); err != nil {
+			return bad(rec, "%w", err)
+		}
 	}
 	a, err := actionOf(step.Kind)
 	if err != nil {

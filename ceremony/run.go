@@ -65,6 +65,8 @@ type Options struct {
 	// by the id of the definition; nil for one who has not. The caller closes
 	// it. nil if all custodians sign elsewhere.
 	Custodian func(ctx context.Context, id string) (hsm.Key, error)
+	// Previous is the output folder of the ceremony that this one continues.
+	Previous string
 	// Bundle is the path of the other machine's bundle, "" until it is there.
 	Bundle string
 	// People are asked and told. nil means Practice, in a rehearsal.
@@ -118,6 +120,7 @@ type run struct {
 	facts      *facts
 	transcript *Transcript
 	opened     map[string]hsm.Token // by Options.Open
+	aborting   bool
 }
 
 // Rehearse runs a definition whose environment is rehearsal (see
@@ -155,9 +158,6 @@ func Run(ctx context.Context, def *Definition, opts Options) (*Result, error) {
 		if err := def.checkSoftware(name, opts.Tokens[name].Info()); err != nil {
 			return nil, err
 		}
-	}
-	if _, err := r.now(); err != nil { // before anything is written
-		return nil, err
 	}
 	if err := r.open(); err != nil {
 		return nil, err
@@ -237,11 +237,15 @@ func device(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), deviceTime)
 }
 
-// now is the clock within the window.
+// now is the clock, within the window until the ceremony comes to its end: a
+// witness may sign later, and people can always abort.
 func (r *run) now() (time.Time, error) {
 	now, err := r.opts.Now()
 	if err != nil {
 		return time.Time{}, err
+	}
+	if r.aborting || r.facts.next == len(r.facts.plan) || r.facts.plan[r.facts.next].Kind.ends() {
+		return now, nil
 	}
 	return now, r.def.Window.check(now)
 }
@@ -264,6 +268,9 @@ func (r *run) open() error {
 		return fmt.Errorf("%s: %w", TranscriptName, ErrOutputExists)
 	case exists:
 		return r.reopen(path)
+	}
+	if _, err := r.now(); err != nil { // before anything is written
+		return err
 	}
 	if err := os.MkdirAll(r.opts.Dir, 0o755); err != nil {
 		return fmt.Errorf("make output folder: %w", err)
@@ -342,6 +349,9 @@ func (r *run) runSteps(ctx context.Context) error {
 	if name := r.facts.quarantined; name != "" && r.facts.status == "" && !r.facts.aborted() {
 		return fmt.Errorf("key %s is in quarantine: %w", name, ErrStopped)
 	}
+	if _, err := r.now(); err != nil { // before anybody is asked for a PIN
+		return err
+	}
 	for r.facts.next < len(r.facts.plan) {
 		s := r.facts.plan[r.facts.next]
 		if err := ctx.Err(); err != nil {
@@ -406,7 +416,7 @@ func (r *run) show(ctx context.Context, title string, facts ...Fact) error {
 
 // result describes the complete ceremony.
 func (r *run) result() (*Result, error) {
-	ring, err := r.facts.keyRing()
+	ring, err := r.facts.resultRing()
 	if err != nil {
 		return nil, err
 	}

@@ -52,6 +52,9 @@ func (d *Definition) validate() error {
 	d.checkCertificates(&f)
 	d.checkService(&f)
 	d.checkTUF(&f)
+	d.checkPrevious(&f)
+	d.checkRotation(&f)
+	d.checkCRL(&f)
 	if len(f.list) == 0 {
 		d.assignUses(&f)
 	}
@@ -186,7 +189,7 @@ func (d *Definition) checkTokens(f *faults) {
 }
 
 func (d *Definition) checkKeys(f *faults) {
-	if len(d.Keys) == 0 {
+	if len(d.Keys) == 0 && d.makesKeys() {
 		f.add("keys: none")
 	}
 	for _, name := range sorted(d.Keys) {
@@ -264,6 +267,7 @@ func (d *Definition) checkIssuer(name string, c Certificate, bad func(string, ..
 	}
 	issuer, ok := d.Certificates[c.Issuer]
 	switch {
+	case d.isPrevious(c.Issuer): // its dates are looked at when it signs
 	case !ok || !issuer.SelfSigned:
 		bad("issuer %.40q is not a self-signed certificate of this definition", c.Issuer)
 		return
@@ -290,13 +294,12 @@ func (d *Definition) checkIssuer(name string, c Certificate, bad func(string, ..
 }
 
 func (d *Definition) checkService(f *faults) {
-	if d.Kind != Genesis && d.Service.URL == "" {
-		return
-	}
-	if err := checkServiceURL(d.Service.URL, d.Environment); err != nil {
+	if d.Kind != Genesis {
+		d.checkNextService(f)
+	} else if err := checkServiceURL(d.Service.URL, d.Environment); err != nil {
 		f.add("service: url: %w", err)
 	}
-	if len(d.Service.OIDC) == 0 {
+	if len(d.Service.OIDC) == 0 && d.Kind == Genesis {
 		f.add("service: oidc: no issuer")
 	}
 	for i, issuer := range d.Service.OIDC {
@@ -312,7 +315,7 @@ func (d *Definition) checkService(f *faults) {
 		}
 	}
 	logs := d.Service.Logs
-	if logs.CT == nil || logs.Rekor == nil {
+	if d.Kind == Genesis && (logs.CT == nil || logs.Rekor == nil) {
 		f.add("service: logs: ct and rekor are needed")
 	}
 	shards := map[string]string{}
@@ -342,7 +345,10 @@ func (d *Definition) checkTUF(f *faults) {
 		f.add("tuf: root-expires and timestamp-expires: want a number of days or years, as 7d or 1y")
 	}
 	ids, keys := map[string]bool{}, map[string]bool{}
-	for _, c := range t.Custodians {
+	if len(t.Leaving) > 0 && d.Previous == nil {
+		f.add("tuf: leaving: there are no custodians of before")
+	}
+	for _, c := range t.signers() {
 		if !namePattern.MatchString(c.ID) || ids[c.ID] {
 			f.add("tuf: custodian %.40q: bad id, or twice", c.ID)
 		}
@@ -435,12 +441,9 @@ func (d *Definition) assignUses(f *faults) {
 // checkRoles wants every role filled and the key types that all clients can
 // verify: logs, timestamps and TUF are P-256.
 func (d *Definition) checkRoles(f *faults, roles map[hsm.Role]string) {
-	if d.Kind != Genesis {
-		return
-	}
 	for _, role := range trust.Roles() {
 		key, ok := roles[role]
-		if !ok && !trust.Optional(role) {
+		if d.Kind == Genesis && !ok && !trust.Optional(role) {
 			f.add("role %s has no key", role)
 		}
 		switch role {

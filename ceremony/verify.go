@@ -32,6 +32,8 @@ type Report struct {
 	Definition *Definition
 	Head       [sha256.Size]byte
 	Checks     []Check
+
+	outputs []string // names
 }
 
 // Err returns nil if every check passed, or else an error that wraps ErrVerify
@@ -174,6 +176,7 @@ func (r *Report) checkFiles(dir string, f *facts, records []Record) {
 	var names []string
 	for _, want := range files {
 		names = append(names, want.Name)
+		r.outputs = append(r.outputs, want.Name)
 		r.add(want.Name, want.compare(dir), "%d octets", want.Size)
 	}
 	others, err := otherFiles(dir, names)

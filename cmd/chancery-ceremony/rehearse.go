@@ -46,6 +46,7 @@ mode 0400) and the definition's output folder.`,
 		},
 	}
 	f.register(cmd)
+	f.registerPrevious(cmd)
 	cmd.Flags().BoolVar(&f.ask, "ask", false, "ask people, as in the real ceremony")
 	return cmd
 }

@@ -85,6 +85,7 @@ type runFlags struct {
 	resume  bool
 	machine machineFlag
 	bundle  string // of the other machine
+	before  string // outputs of the ceremony before
 }
 
 func (f *runFlags) register(cmd *cobra.Command) {
@@ -93,11 +94,16 @@ func (f *runFlags) register(cmd *cobra.Command) {
 	f.registerAnswers(cmd)
 }
 
+func (f *runFlags) registerPrevious(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.before, "previous", "", "output folder of the ceremony that this one continues")
+}
+
 func (f *runFlags) registerAnswers(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.answers, "answers", "", "file with answers (YAML)")
 }
 
 func (f *runFlags) registerPINs(cmd *cobra.Command) {
+	f.registerPrevious(cmd)
 	f.pins = pinFiles{}
 	cmd.Flags().Var(f.pins, "pin-file", "file with the PIN of a token; once for each token")
 }
@@ -193,7 +199,7 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 	}
 	opts := ceremony.Options{
 		Open: source.open, Inspect: source.inspect, People: people, Dir: f.out,
-		Now: clock, Binary: binary, Resume: f.resume, Progress: progress, Bundle: f.bundle,
+		Now: clock, Binary: binary, Resume: f.resume, Progress: progress, Bundle: f.bundle, Previous: f.before,
 	}
 	custodians := f.custodians(source, def)
 	if custodians != nil {
