@@ -5,6 +5,8 @@ GO          ?= go
 BIN         := bin
 COSIGN_V    := v3.1.3
 COSIGN      := $(BIN)/cosign-$(COSIGN_V)
+COSIGN2_V   := v2.6.5
+COSIGN2     := $(BIN)/cosign-$(COSIGN2_V)
 SIGSTORE_PY_V := 4.5.1
 SIGSTORE_PY := $(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/sigstore
 SIGSTORE_JS := $(BIN)/sigstore-js/node_modules
@@ -46,6 +48,10 @@ $(COSIGN):
 	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/sigstore/cosign/v3/cmd/cosign@$(COSIGN_V)
 	mv $(BIN)/tmp/cosign $@
 
+$(COSIGN2):
+	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/sigstore/cosign/v2/cmd/cosign@$(COSIGN2_V)
+	mv $(BIN)/tmp/cosign $@
+
 $(SIGSTORE_PY):
 	python3 -m venv $(BIN)/sigstore-python-$(SIGSTORE_PY_V)
 	$(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/pip install -q sigstore==$(SIGSTORE_PY_V)
@@ -54,8 +60,8 @@ $(SIGSTORE_JS):
 	npm install --silent --no-audit --no-fund --prefix $(BIN)/sigstore-js \
 	  @sigstore/sign@5.1.0 @sigstore/verify@4.1.3 @sigstore/bundle@5 @sigstore/protobuf-specs@0.5
 
-test-clients: deps $(COSIGN) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) ## sign and verify with unmodified cosign, sigstore-python and sigstore-js
-	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_SIGSTORE_PYTHON=$(abspath $(SIGSTORE_PY)) \
+test-clients: deps $(COSIGN) $(COSIGN2) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) ## sign and verify with unmodified cosign, sigstore-python and sigstore-js
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_COSIGN2=$(abspath $(COSIGN2)) CHANCERY_SIGSTORE_PYTHON=$(abspath $(SIGSTORE_PY)) \
 	  CHANCERY_SIGSTORE_JS=$(if $(shell command -v npm),$(abspath $(SIGSTORE_JS))) \
 	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestCeremonyTUF|TestPython|TestJavaScript' -v ./test
 
