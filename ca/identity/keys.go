@@ -77,6 +77,7 @@ var (
 func newKeyring(fetch func(context.Context) (*snapshot, error), idle func(), logger *slog.Logger) *keyring {
 	return &keyring{
 		fetch: fetch, idle: idle, logger: logger,
+		flight:  &flight{done: make(chan struct{})}, // run's first, which costs no request anything
 		wake:    make(chan struct{}, 1),
 		bucket:  rate.NewLimiter(rate.Every(askEvery), askBurst),
 		unknown: map[string]time.Time{},
