@@ -565,7 +565,7 @@ func TestRestoreRefuses(t *testing.T) {
 			}
 			left, err := os.ReadDir(s.Config.State)
 			logtooltest.Must(t, err)
-			if len(left) != 1 || left[0].Name() != "anchor" {
+			if len(left) != 2 || left[0].Name() != "anchor" || left[1].Name() != "audit" {
 				t.Errorf("left in the state folder: %v", left)
 			}
 		})
