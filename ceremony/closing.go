@@ -355,6 +355,7 @@ func Abort(ctx context.Context, def *Definition, opts Options, person, reason st
 
 // abortNow turns the plan and walks it to its end.
 func (r *run) abortNow(ctx context.Context, person, reason string) error {
+	r.aborting = true
 	if !r.facts.aborted() {
 		if r.facts.status != "" || r.facts.next > len(r.facts.plan)-len(r.def.closing()) {
 			return fmt.Errorf("abort: the transcript is sealed: %w", ErrEnded)

@@ -369,3 +369,41 @@ func (s *seeder) SeedRandom(_ context.Context, seed []byte) error {
 	s.seed = bytes.Clone(seed)
 	return s.err
 }
+
+// The window is for the ceremony, not for its end: after it nothing goes on,
+// and a witness can sign and people abort.
+func TestAfterTheWindow(t *testing.T) {
+	source := strings.Replace(string(demoDefinition(t).Source()), "environment: rehearsal",
+		"environment: rehearsal\nwindow: {not-before: 2026-11-22T09:00:00Z, not-after: 2026-11-22T18:00:00Z}", 1)
+	d, err := ParseDefinition([]byte(source))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tomorrow := func() (time.Time, error) { return testNow.AddDate(0, 0, 1), nil }
+	begun := func(answers map[string][]string, want error) Options {
+		t.Helper()
+		opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock, People: &scripted{answers: answers}}
+		if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, want) {
+			t.Fatalf("error %v, want %v", err, want)
+		}
+		opts.Resume, opts.People, opts.Now = true, Practice{}, tomorrow
+		return opts
+	}
+	opts := begun(map[string][]string{"entropy:w1": repeat("no share")}, ErrAnswer)
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrWindow) {
+		t.Errorf("resume on the next day: %v, want ErrWindow", err)
+	}
+	if err := Abort(t.Context(), d, opts, "w1", "we ran out of time"); err != nil {
+		t.Errorf("abort on the next day: %v", err)
+	}
+	if err := Verify(opts.Dir).Err(); !errors.Is(err, ErrAborted) || errors.Is(err, ErrTranscript) {
+		t.Errorf("verify: %v, want ErrAborted alone", err)
+	}
+	opts = begun(map[string][]string{"witnesses:w1": {later}}, ErrUnfinished)
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Errorf("sign on the next day: %v", err)
+	}
+	if err := Verify(opts.Dir).Err(); err != nil {
+		t.Error(err)
+	}
+}
