@@ -85,12 +85,12 @@ func (p *printer) mechanisms(all []hsm.Mechanism) {
 			sizes = fmt.Sprintf("%d-%d", m.MinKeySize, m.MaxKeySize)
 		}
 		// The name, the sizes, and what is left of the line for the flags.
-		flags := fold(strings.Join(m.Flags, " "), lineWidth-nameWidth-2-26-12)
+		flags := fold(strings.Join(m.Flags, " "), lineWidth-nameWidth-2-28-14)
 		if len(flags) == 0 {
 			flags = []string{""}
 		}
 		for _, f := range flags {
-			p.printf("%s\n", strings.TrimRight(fmt.Sprintf("%-*s  %-26s%-12s%s", nameWidth, name, hsmtool.Clean(m.Name), sizes, f), " "))
+			p.printf("%s\n", strings.TrimRight(fmt.Sprintf("%-*s  %-27s %-13s %s", nameWidth, name, hsmtool.Clean(m.Name), sizes, f), " "))
 			name, sizes, m.Name = "", "", ""
 		}
 	}

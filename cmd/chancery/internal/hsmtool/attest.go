@@ -204,8 +204,15 @@ func (a Attested) Verify(want Expect) ([]Finding, error) {
 		if nonce == nil {
 			nonce = a.Evidence.AttestationNonce()
 		}
+		text := "no nonce was named, so it was held against that of the evidence itself"
 		verdict, err := tpm.VerifyAttestation(*a.Attestation, spki, nonce, want.Roots)
-		add("statement", verdictText(verdict), err)
+		switch {
+		case err == nil:
+			text = verdictText(verdict)
+		case want.Nonce != nil:
+			text = ""
+		}
+		add("statement", text, err)
 	} else if want.Nonce != nil || want.Roots != nil {
 		add("statement", "", errors.New("none was made"))
 	}
