@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -427,5 +428,38 @@ func TestPinnedKeys(t *testing.T) {
 	issuer.KeysFile = "keys.json"
 	if _, err := New(t.Context(), Config{OIDCIssuers: map[string]Issuer{issuer.IssuerURL: issuer}}, Options{Now: atNoon, LoopbackHTTP: true}); !errors.Is(err, ErrConfig) {
 		t.Errorf("files without a reader: %v", err)
+	}
+}
+
+// TestPublishedConfigurations: the configuration files in Fulcio's own module,
+// among them that of the public instance, are read unchanged.
+func TestPublishedConfigurations(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/sigstore/fulcio")
+	out, err := cmd.Output()
+	dir := strings.TrimSpace(string(out))
+	if err != nil || dir == "" {
+		t.Skipf("the source of Fulcio is not at hand: %v", err)
+	}
+	for name, want := range map[string][3]int{ // issuers, meta-issuers, templates
+		"config/identity/config.yaml": {16, 9, 5},
+	} {
+		text, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg, err := ParseConfig(text)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if got := [3]int{len(cfg.OIDCIssuers), len(cfg.MetaIssuers), len(cfg.CIIssuerMetadata)}; got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+		v, err := New(t.Context(), Config{MetaIssuers: cfg.MetaIssuers, CIIssuerMetadata: cfg.CIIssuerMetadata}, Options{Now: atNoon})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		v.Close()
 	}
 }

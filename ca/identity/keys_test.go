@@ -1,9 +1,12 @@
 package identity
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
+	"net/http"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -23,6 +26,8 @@ type fakeIssuer struct {
 	err   error
 	delay time.Duration
 	count atomic.Int64
+
+	lifetime time.Duration // 0 is maxRefresh
 }
 
 func (f *fakeIssuer) fetch(ctx context.Context) (*snapshot, error) {
@@ -38,7 +43,7 @@ func (f *fakeIssuer) fetch(ctx context.Context) (*snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	set := &snapshot{algorithms: []string{"RS256"}, lifetime: maxRefresh}
+	set := &snapshot{algorithms: []string{"RS256"}, lifetime: cmp.Or(f.lifetime, maxRefresh)}
 	for _, id := range ids {
 		set.keys = append(set.keys, jose.JSONWebKey{KeyID: id})
 	}
@@ -137,6 +142,89 @@ func TestNegativeCache(t *testing.T) {
 		if n := f.count.Load(); n != 2 {
 			t.Errorf("%d fetches for one unknown key", n)
 		}
+	})
+}
+
+// TestNegativeCacheForgets: an id that was not found is looked for again when
+// its time is over, and at once when a fetch in between brought it.
+func TestNegativeCacheForgets(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		for _, id := range []string{"b", "c"} {
+			if _, _, err := k.find(t.Context(), id); !errors.Is(err, ErrToken) {
+				t.Fatal(err)
+			}
+		}
+		f.set(nil, 0, "a", "b", "c")
+		if _, _, err := k.find(t.Context(), "b"); !errors.Is(err, ErrToken) {
+			t.Errorf("an id that is remembered: %v", err)
+		}
+		time.Sleep(unknownFor) // the bubble's clock
+		if _, _, err := k.find(t.Context(), "b"); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+		if len(k.unknown) != 0 {
+			t.Errorf("%v are remembered, and the keys are known", k.unknown)
+		}
+		if n := f.count.Load(); n != 4 {
+			t.Errorf("%d fetches", n)
+		}
+	})
+}
+
+// TestRefreshByCacheControl: the issuer decides within bounds when it is asked
+// again.
+func TestRefreshByCacheControl(t *testing.T) {
+	i := startIDP(t)
+	for header, want := range map[string]time.Duration{"max-age=60": time.Minute, "max-age=1": minRefresh, "no-store": maxRefresh, "max-age=86400": maxRefresh} {
+		base := serveProvider(t, hostile{jwks: func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Cache-Control", header)
+			_ = json.NewEncoder(w).Encode(i.JWKS())
+		}})
+		s, err := newSource(known{Issuer: Issuer{IssuerURL: base, ClientID: "c", Type: "email"}}, Options{LoopbackHTTP: true, Logger: discard})
+		if err != nil {
+			t.Fatal(err)
+		}
+		set, err := s.fetch(t.Context())
+		if err != nil || set.lifetime != want {
+			t.Errorf("%s: %v, %v; want %v", header, set, err, want)
+		}
+		s.client.CloseIdleConnections()
+	}
+	f := &fakeIssuer{ids: []string{"a"}, lifetime: time.Minute}
+	keyringTest(t, f, func(t *testing.T, _ *keyring) {
+		time.Sleep(10*time.Minute + time.Second)
+		if n := f.count.Load(); n != 11 {
+			t.Errorf("%d fetches in ten minutes", n)
+		}
+	})
+}
+
+// TestFirstFetchIsFree: requests that come before the first fetch wait for it
+// and take nothing from what tokens may ask for.
+func TestFirstFetchIsFree(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeIssuer{ids: []string{"a"}, delay: time.Second}
+		ctx, cancel := context.WithCancel(context.Background())
+		k := newKeyring(f.fetch, func() {}, discard)
+		var all sync.WaitGroup
+		var failed atomic.Int64
+		for range 10 {
+			all.Go(func() {
+				if _, _, err := k.find(ctx, "a"); err != nil {
+					failed.Add(1)
+				}
+			})
+		}
+		synctest.Wait()
+		var done sync.WaitGroup
+		done.Go(func() { k.run(ctx) })
+		all.Wait()
+		if failed.Load() != 0 || f.count.Load() != 1 || k.bucket.Tokens() != askBurst {
+			t.Errorf("%d failed, %d fetches, %v left", failed.Load(), f.count.Load(), k.bucket.Tokens())
+		}
+		cancel()
+		done.Wait()
 	})
 }
 
