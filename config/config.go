@@ -278,6 +278,7 @@ func Parse(data []byte, dir string) (*Config, error) {
 	if err := c.CA.readFulcio(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
+	c.CA.resolve(dir)
 	if err := c.finish(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
@@ -298,14 +299,6 @@ func (c *Config) resolve(dir string) {
 			*path = filepath.Join(dir, *path)
 		}
 	}
-	for url, issuer := range c.CA.OIDCIssuers {
-		for _, path := range []*string{&issuer.KeysFile, &issuer.DiscoveryFile} {
-			if *path != "" && !filepath.IsAbs(*path) {
-				*path = filepath.Join(dir, *path)
-			}
-		}
-		c.CA.OIDCIssuers[url] = issuer
-	}
 	for name, token := range c.Tokens {
 		for _, secret := range []*Secret{&token.PIN, &token.OwnerAuth, &token.EndorsementAuth} {
 			secret.resolve(dir)
@@ -314,6 +307,19 @@ func (c *Config) resolve(dir string) {
 			token.Keys = filepath.Join(dir, token.Keys)
 		}
 		c.Tokens[name] = token
+	}
+}
+
+// resolve makes the paths of issuers absolute, also those of a Fulcio
+// configuration file.
+func (c *CA) resolve(dir string) {
+	for url, issuer := range c.OIDCIssuers {
+		for _, path := range []*string{&issuer.KeysFile, &issuer.DiscoveryFile} {
+			if *path != "" && !filepath.IsAbs(*path) {
+				*path = filepath.Join(dir, *path)
+			}
+		}
+		c.OIDCIssuers[url] = issuer
 	}
 }
 

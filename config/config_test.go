@@ -325,8 +325,8 @@ func FuzzParse(f *testing.F) {
 func TestFulcioConfig(t *testing.T) {
 	dir := t.TempDir()
 	for name, text := range map[string]string{
-		"fulcio.yaml": "oidc-issuers:\n  https://idp.example:\n    issuer-url: https://idp.example\n    client-id: sigstore\n    type: email\n",
-		"fulcio.json": `{"OIDCIssuers": {"https://idp.example": {"IssuerURL": "https://idp.example", "ClientID": "sigstore", "Type": "email"}}}`,
+		"fulcio.yaml": "oidc-issuers:\n  https://idp.example:\n    issuer-url: https://idp.example\n    client-id: sigstore\n    type: email\n    jwks-file: keys.json\n",
+		"fulcio.json": `{"OIDCIssuers": {"https://idp.example": {"IssuerURL": "https://idp.example", "ClientID": "sigstore", "Type": "email", "KeysFile": "keys.json"}}}`,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -335,7 +335,7 @@ func TestFulcioConfig(t *testing.T) {
 		c, err := Parse([]byte(strings.Replace(minimal, issuers, "{fulcio-config: "+name+"}", 1)), dir)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
-		} else if c.CA.OIDCIssuers["https://idp.example"].Type != "email" {
+		} else if i := c.CA.OIDCIssuers["https://idp.example"]; i.Type != "email" || i.KeysFile != filepath.Join(dir, "keys.json") {
 			t.Errorf("%s: %+v", name, c.CA)
 		}
 	}
