@@ -81,6 +81,6 @@ func memoryUse() (live, beside uint64) {
 // so that it does not change with every look.
 func limitFor(live, beside uint64) int64 {
 	const step = 16 << 20
-	need := int64(min(live, 1<<40)*2 + min(beside, 1<<40)) //nolint:gosec // at most 3 << 40
+	need := int64(min(live, 1<<40)*2 + min(beside, 1<<40))
 	return max(memoryLimit, (need+step-1)/step*step)
 }
