@@ -253,7 +253,7 @@ func TestProduction(t *testing.T) {
 	certificates(d2, 1)
 	d2.wait(`PIN of token root`)
 	d2.say(r.pins["root"])
-	certificates(d2, 1)
+	certificates(d2, 2) // and the list of revoked ones
 	d2.wait(`Path of the signature[^>]*> `)
 	d2.say("/nowhere")
 	d2.wait("Not accepted")
