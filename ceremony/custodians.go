@@ -543,14 +543,16 @@ func (f *facts) parseTUFSignatures(custodian, answer string) (tufData, error) {
 	if err != nil {
 		return tufData{}, err
 	}
-	sigs := make([]tuf.Signature, 2)
-	for i := range want {
-		if sigs[i], err = tuf.ParseSignature(lines[i]); err != nil {
+	var sigs [2]tuf.Signature
+	for i, line := range lines[:want] {
+		sig, err := tuf.ParseSignature(line)
+		if err != nil {
 			return tufData{}, err
 		}
-		if sigs[i].KeyID != id {
+		if sig.KeyID != id {
 			return tufData{}, fmt.Errorf("signatures of another key than custodian %s: %w", custodian, tuf.ErrForeign)
 		}
+		sigs[i] = sig
 	}
 	d := tufData{Root: sigs[0].Sig, Targets: sigs[1].Sig}
 	root, targets, err := f.tufDrafts(f.tuf.at)
