@@ -230,9 +230,9 @@ func binaryFields(a *hsm.Attestation) map[string]*[]byte {
 
 // testFlipped flips one bit of every octet of every field, and cuts each field.
 // testFlipped flips a bit of every octet in the long form (make torture-hsm), and
-// of every third, from a random one on, otherwise.
+// of every fourth, from a random one on, otherwise.
 func (x *attested) testFlipped(t *testing.T) {
-	n, step := 0, 3
+	n, step := 0, 4
 	if os.Getenv("CHANCERY_TORTURE_HSM") == "1" {
 		step = 1
 	}
