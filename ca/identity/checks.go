@@ -82,7 +82,8 @@ func looksLikeEmail(s string) bool {
 }
 
 // checkURISubject is what type uri asks of a token: the subject is a URL of the
-// configured scheme and host.
+// configured scheme and host, and of the port and below the path if the
+// configuration has them, which Fulcio would not look at.
 func checkURISubject(i Issuer, c claims) error {
 	sub := c.text("sub")
 	if looksLikeEmail(sub) {
@@ -96,7 +97,16 @@ func checkURISubject(i Issuer, c claims) error {
 	if err != nil || subject.Scheme != domain.Scheme || subject.Hostname() != domain.Hostname() || subject.User != nil {
 		return refuse("subject is not a URI in subject-domain")
 	}
-	return checkPath(subject.EscapedPath())
+	if domain.Port() != "" && subject.Port() != domain.Port() {
+		return refuse("subject is not a URI in subject-domain")
+	}
+	if err := checkPath(subject.EscapedPath()); err != nil {
+		return err
+	}
+	if path := strings.TrimSuffix(domain.EscapedPath(), "/"); !strings.HasPrefix(subject.EscapedPath()+"/", path+"/") {
+		return refuse("subject is not a URI in subject-domain")
+	}
+	return nil
 }
 
 // checkSPIFFE is what type spiffe asks of a token (SPIFFE-ID, Section 2).

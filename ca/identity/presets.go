@@ -121,18 +121,21 @@ var presets = map[string]preset{
 		templates: CIMetadata{
 			DefaultTemplateValues: map[string]string{"oidc.circleci.com/vcs-ref": "", "oidc.circleci.com/vcs-origin": ""},
 			ExtensionTemplates: certificate.Extensions{
+				BuildSignerURI:      circleDefinition,
 				BuildConfigURI:      `{{.site}}/api/v2/pipeline/{{need . "oidc.circleci.com/pipeline-id"}}/config`,
+				RunInvocationURI:    `{{with index . "oidc.circleci.com/workflow-id"}}https://app.circleci.com/workflow/{{.}}/job/{{need $ "oidc.circleci.com/job-id"}}{{end}}`,
+				RunnerEnvironment:   `{{if eq (index . "oidc.circleci.com/ssh-rerun") "true"}}ssh-rerun{{end}}`,
 				SourceRepositoryURI: "oidc.circleci.com/vcs-origin",
 				SourceRepositoryRef: "oidc.circleci.com/vcs-ref",
 			},
-			SubjectAlternativeNameTemplate: `{{.site}}/api/v2/projects/{{need . "oidc.circleci.com/project-id"}}/pipeline-definitions/{{need . "oidc.circleci.com/pipeline-definition-id"}}`,
+			SubjectAlternativeNameTemplate: circleDefinition,
 		},
 		site: func(u *url.URL) (string, error) { return "https://circleci.com", wantHost(u, "oidc.circleci.com") },
 	},
 	"jenkins": {
-		about:  "the issuer of the OpenID Connect Provider plugin, https://HOST/oidc; a token's subject is the URL of its job",
+		about:  "the issuer of the OpenID Connect Provider plugin, https://HOST/oidc, or https://HOST/oidc/job/FOLDER; a token's subject is the URL of its job",
 		issuer: Issuer{Type: "uri"},
-		site:   func(u *url.URL) (string, error) { return u.Scheme + "://" + u.Host, nil },
+		site:   jenkinsSite,
 	},
 	"kubernetes": {
 		about:  "the issuer of the cluster's service account tokens (kubectl get --raw /.well-known/openid-configuration)",
@@ -152,6 +155,20 @@ var presets = map[string]preset{
 	"okta":     {about: "https://NAME.okta.com, or https://NAME.okta.com/oauth2/SERVER", issuer: Issuer{Type: "email"}, site: none},
 	"keycloak": {about: "https://HOST/realms/REALM", issuer: Issuer{Type: "email"}, site: none},
 	"dex":      {about: "the issuer of Dex's configuration", issuer: Issuer{Type: "email"}, site: none},
+}
+
+// circleDefinition is the address of a pipeline's definition.
+const circleDefinition = `{{.site}}/api/v2/projects/{{need . "oidc.circleci.com/project-id"}}/pipeline-definitions/{{need . "oidc.circleci.com/pipeline-definition-id"}}`
+
+// jenkinsSite is where the jobs are for which an issuer speaks: those of the
+// whole Jenkins or of one folder. An issuer elsewhere, which the plugin allows,
+// needs its subject-domain in the configuration.
+func jenkinsSite(u *url.URL) (string, error) {
+	base, folder, ok := strings.Cut(u.Path, "/oidc")
+	if !ok || folder != "" && !strings.HasPrefix(folder, "/job/") {
+		return u.Scheme + "://" + u.Host, nil
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: base + folder}).String(), nil
 }
 
 // githubTemplates map the claims of GitHub Actions.

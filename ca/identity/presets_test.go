@@ -6,6 +6,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/sigstore/fulcio/pkg/certificate"
+
 	"github.com/chancery-ca/chancery/ca/profile"
 )
 
@@ -32,6 +35,7 @@ func TestPresets(t *testing.T) {
 		{"buildkite", "https://agent.buildkite.com", job, profile.SAN{Type: profile.URI, Value: "https://buildkite.com/acme-inc/super-duper-app"}},
 		{"circleci", "https://oidc.circleci.com/org/1", circle, profile.SAN{Type: profile.URI, Value: "https://circleci.com/api/v2/projects/p-1/pipeline-definitions/d-1"}},
 		{"jenkins", "https://ci.acme.example/oidc", map[string]any{"sub": "https://ci.acme.example/job/build/"}, profile.SAN{Type: profile.URI, Value: "https://ci.acme.example/job/build/"}},
+		{"jenkins", "https://ci.acme.example/jenkins/oidc/job/team", map[string]any{"sub": "https://ci.acme.example/jenkins/job/team/job/build/"}, profile.SAN{Type: profile.URI, Value: "https://ci.acme.example/jenkins/job/team/job/build/"}},
 		{"kubernetes", "https://kubernetes.default.svc.cluster.local", serviceAccount, profile.SAN{Type: profile.URI, Value: "https://kubernetes.io/namespaces/default/serviceaccounts/builder"}},
 		{"google", "https://accounts.google.com", person, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
 		{"entra", "https://login.microsoftonline.com/6babcaad-604b-40ac-a9d7-9fd97c0b779f/v2.0", map[string]any{"sub": "1", "email": "alice@example.com"}, profile.SAN{Type: profile.Email, Value: "alice@example.com"}},
@@ -128,6 +132,60 @@ func TestNamesStayAtTheSite(t *testing.T) {
 	p, err := k.kind.principal(k.Issuer, asClaims(t, with(workflow, map[string]any{"iss": "https://token.actions.githubusercontent.com", "workflow": "{{.sub}}"})))
 	if err != nil || p.Extensions.GithubWorkflowName != "{{.sub}}" {
 		t.Errorf("%v, %v", p, err)
+	}
+}
+
+// TestFolderOfJenkins: the issuer of a folder speaks for the jobs in it alone.
+func TestFolderOfJenkins(t *testing.T) {
+	k, err := Config{}.know(Issuer{IssuerURL: "https://ci.acme.example:8443/oidc/job/team", ClientID: "sigstore", Preset: "jenkins"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for sub, want := range map[string]bool{
+		"https://ci.acme.example:8443/job/team/job/build/": true,
+		"https://ci.acme.example:8443/job/team":            true,
+		"https://ci.acme.example:8443/job/team2/job/x/":    false,
+		"https://ci.acme.example:8443/job/release/":        false,
+		"https://ci.acme.example:8443/job/team/../release": false,
+		"https://ci.acme.example:8443/":                    false,
+		"https://ci.acme.example/job/team/job/build/":      false,
+		"https://ci.acme.example:9443/job/team/job/build/": false,
+	} {
+		_, err := k.kind.principal(k.Issuer, claims{"iss": k.IssuerURL, "sub": sub})
+		if (err == nil) != want {
+			t.Errorf("%s: %v", sub, err)
+		}
+	}
+}
+
+// TestCircleCI: the extensions that a certificate of CircleCI has.
+func TestCircleCI(t *testing.T) {
+	k, err := Config{}.know(Issuer{IssuerURL: "https://oidc.circleci.com/org/1", ClientID: "sigstore", Preset: "circleci"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	least := map[string]any{"iss": "https://oidc.circleci.com/org/1", "sub": "s", "oidc.circleci.com/project-id": "p",
+		"oidc.circleci.com/pipeline-definition-id": "d", "oidc.circleci.com/pipeline-id": "l"}
+	most := with(least, map[string]any{"oidc.circleci.com/workflow-id": "w", "oidc.circleci.com/job-id": "j", "oidc.circleci.com/ssh-rerun": true,
+		"oidc.circleci.com/vcs-origin": "github.com/o/r", "oidc.circleci.com/vcs-ref": "refs/heads/main"})
+	definition := "https://circleci.com/api/v2/projects/p/pipeline-definitions/d"
+	for _, test := range []struct {
+		claims map[string]any
+		want   certificate.Extensions
+	}{
+		{least, certificate.Extensions{BuildSignerURI: definition}},
+		{most, certificate.Extensions{BuildSignerURI: definition, RunInvocationURI: "https://app.circleci.com/workflow/w/job/j",
+			RunnerEnvironment: "ssh-rerun", SourceRepositoryURI: "github.com/o/r", SourceRepositoryRef: "refs/heads/main"}},
+	} {
+		test.want.Issuer, test.want.Subject = "https://oidc.circleci.com/org/1", "s"
+		test.want.BuildConfigURI = "https://circleci.com/api/v2/pipeline/l/config"
+		p, err := k.kind.principal(k.Issuer, asClaims(t, test.claims))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(test.want, p.Extensions); d != "" {
+			t.Error(d)
+		}
 	}
 }
 
