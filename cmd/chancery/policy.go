@@ -175,7 +175,8 @@ type ruleStep struct {
 	Effect policy.Effect `json:"effect"`
 	Asked  bool          `json:"asked"`
 	Fits   bool          `json:"fits"`
-	// Missed is the first part of the rule that did not fit.
+	// Missed is the first part of the rule that did not fit; "key" if it fits and
+	// does not allow the key.
 	Missed string `json:"missed,omitempty"`
 }
 
@@ -273,6 +274,9 @@ func (e *explanation) decided(ca *config.CA, d policy.Decision) {
 		if i < len(d.Trace) {
 			step.Asked, step.Fits, step.Missed = true, d.Trace[i].Fits, d.Trace[i].Missed
 		}
+		if step.Fits && step.Effect == policy.Allow && !d.Allowed {
+			step.Missed = "key"
+		}
 		e.Rules = append(e.Rules, step)
 	}
 }
@@ -304,6 +308,8 @@ func (r ruleStep) outcome() string {
 	switch {
 	case !r.Asked:
 		return "not asked"
+	case r.Fits && r.Missed != "":
+		return "fits, and does not allow the " + r.Missed
 	case r.Fits:
 		return "fits"
 	}
