@@ -134,6 +134,7 @@ func TestMetaIssuerRefusals(t *testing.T) {
 		{"unknown type", "https://*.idp.example.com", "type: saml", "not supported"},
 		{"no templates", "https://*.idp.example.com", "type: ci-provider, ci-provider: x", "ci-issuer-metadata"},
 		{"pinned keys", "https://*.idp.example.com", "type: email, jwks-file: keys.json", "one issuer"},
+		{"templates that repeat", "https://*.idp.example.com", "type: ci-provider, ci-provider: x}\nci-issuer-metadata: {x: {subject-alternative-name-template: '{{range .}}x{{end}}'}", "no range"},
 		{"query", "https://*.idp.example.com?x", "type: email", "URL"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

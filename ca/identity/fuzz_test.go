@@ -12,6 +12,8 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"github.com/sigstore/fulcio/pkg/certificate"
+
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
 	"github.com/chancery-ca/chancery/ca/profile"
 )
@@ -120,6 +122,39 @@ func FuzzKeySet(f *testing.F) {
 		for _, key := range keys {
 			if !signs(key) || !key.IsPublic() || len(keys) > maxKeys {
 				t.Errorf("kept %v of %q", key, b)
+			}
+		}
+	})
+}
+
+// FuzzTemplate: whatever the template and the claims, it ends, and what comes
+// out can be certified.
+func FuzzTemplate(f *testing.F) {
+	f.Add("{{.url}}/{{.a}}", "https://ci.example", "x")
+	f.Add(`{{if eq .a "b"}}{{.url}}{{else}}{{need . "c"}}{{end}}`, "https://ci.example/x", "b")
+	f.Add("a", "", "../..")
+	f.Add("{{range .}}{{.}}{{end}}", "", "")
+	f.Add(`{{define "x"}}{{template "x"}}{{end}}{{template "x"}}`, "", "")
+	f.Add(`{{printf "%1000000s" .a}}`, "", "")
+	f.Fuzz(func(t *testing.T, text, url, value string) {
+		k, err := CIMetadata{
+			DefaultTemplateValues:          map[string]string{"url": url},
+			SubjectAlternativeNameTemplate: text,
+			ExtensionTemplates:             certificate.Extensions{BuildTrigger: text},
+		}.kind()
+		if err != nil {
+			if !errors.Is(err, ErrConfig) {
+				t.Errorf("error %v", err)
+			}
+			return
+		}
+		p, err := k.principal(Issuer{}, claims{"iss": "https://idp.example", "sub": "s", "a": value})
+		switch {
+		case err != nil && !errors.Is(err, ErrMapping) && !errors.Is(err, ErrToken):
+			t.Errorf("error %v", err)
+		case err == nil:
+			if u, err := parseURL(p.SAN.Value); err != nil || u.Host == "" || !plain(p.SAN.Value) || !plain(p.Extensions.BuildTrigger) {
+				t.Errorf("%q of %q and %q", p.SAN.Value, url, value)
 			}
 		}
 	})

@@ -16,7 +16,14 @@
 //     issuers, over https, without redirects, not in private networks unless
 //     configured, for at most 256 KiB per answer, and for a key id that is not
 //     known at most twice at once and then once in 30 s (client.go, keys.go).
-//   - No error, log line or answer contains a token or a claim.
+//   - No error, log line or answer contains a token or a claim, nor the URL of
+//     an issuer before a token of it has verified, unless it is configured.
+//
+// Where it refuses what Fulcio 1.8 would certify, the names it does certify are
+// the same octets: repeated or over-large JSON, tokens of another kind by their
+// type, paths that lead elsewhere than they say or collapse, integers that
+// float64 would round, user names that mix scripts, templates that repeat, names
+// of a preset beyond its provider's site, client keys that are known to be weak.
 //
 // It trusts the configured issuers to say who their users are, the web PKI (or
 // the issuer's configured ca-cert) for who the issuers are, and the clock.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"text/template"
+	"text/template/parse"
 
 	"github.com/chancery-ca/chancery/ca/profile"
 )
@@ -43,7 +44,8 @@ func (m CIMetadata) kind() (kind, error) {
 }
 
 // compile reads one template of ci-issuer-metadata (Fulcio 1.8,
-// pkg/identity/ciprovider).
+// pkg/identity/ciprovider). It may decide by if and with, and not repeat: every
+// token ends.
 func compile(text string) (value, error) {
 	if !strings.Contains(text, "{{") {
 		return named(text), nil
@@ -51,6 +53,9 @@ func compile(text string) (value, error) {
 	t, err := template.New("").Option("missingkey=error").Funcs(template.FuncMap{"need": need, "refuse": refuseTemplate}).Parse(text)
 	if err != nil {
 		return nil, err
+	}
+	if len(t.Templates()) != 1 || !straight(t.Root) {
+		return nil, errors.New("a template has no range, define, block or template here")
 	}
 	return func(a assertion) (string, error) {
 		var out limitedText
@@ -61,6 +66,30 @@ func compile(text string) (value, error) {
 		}
 		return certifiable(out.String())
 	}, nil
+}
+
+// straight says whether a part of a template runs each of its actions once at
+// most.
+func straight(list *parse.ListNode) bool {
+	if list == nil {
+		return true // no else
+	}
+	for _, node := range list.Nodes {
+		switch node := node.(type) {
+		case *parse.TextNode, *parse.ActionNode, *parse.CommentNode:
+		case *parse.IfNode:
+			if !straight(node.List) || !straight(node.ElseList) {
+				return false
+			}
+		case *parse.WithNode:
+			if !straight(node.List) || !straight(node.ElseList) {
+				return false
+			}
+		default:
+			return false
+		}
+	}
+	return true
 }
 
 // named is the claim, or default, of that name.
