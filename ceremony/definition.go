@@ -79,6 +79,8 @@ type Definition struct {
 	Previous     *Previous              `yaml:"previous"`
 	Rotation     *Rotation              `yaml:"rotation"`
 	CRL          *Revocations           `yaml:"crl"`
+	Drills       []Drill                `yaml:"drills"`
+	Destroy      []hsm.Role             `yaml:"destroy"`
 	Service      Service                `yaml:"service"`
 	Outputs      Outputs                `yaml:"outputs"`
 
@@ -192,6 +194,7 @@ type Key struct {
 	Token      string        `yaml:"token"`
 	Algorithm  hsm.Algorithm `yaml:"alg"`
 	Protection Protection    `yaml:"protection"`
+	Backup     *Backup       `yaml:"backup"` // of a wrapped-backup
 }
 
 // Usage is an extended key usage by its name in a definition.

@@ -53,7 +53,7 @@ func (r *run) announceKey(s Step) (keyIntent, error) {
 	_, _ = rand.Read(id) // never fails
 	intent := keyIntent{
 		Role: r.def.uses[s.Name].role, Token: def.Token, Label: s.Name,
-		ID: hex.EncodeToString(id), Algorithm: def.Algorithm,
+		ID: hex.EncodeToString(id), Algorithm: def.Algorithm, Extractable: def.extractable(),
 	}
 	return intent, r.record(s, Intent, intent)
 }
@@ -160,6 +160,10 @@ func (r *run) quarantine(s Step, intent keyIntent, err error) error {
 // algorithm, attributes, and the self-test signature under the public key. A
 // verifier calls it too. An attestation has the transcript's head as nonce.
 func checkEvidence(e hsm.Evidence, intent keyIntent, head [sha256.Size]byte) error {
+	return checkEvidenceUnder(hsm.Policy{Extractable: intent.Extractable}, e, intent, head)
+}
+
+func checkEvidenceUnder(policy hsm.Policy, e hsm.Evidence, intent keyIntent, head [sha256.Size]byte) error {
 	pub, err := x509.ParsePKIXPublicKey(e.PublicKey)
 	if err != nil {
 		return fmt.Errorf("evidence of %s: parse public key: %w", intent.Label, err)
@@ -174,7 +178,7 @@ func checkEvidence(e hsm.Evidence, intent keyIntent, head [sha256.Size]byte) err
 	if id, ok := e.Attributes["ID"]; ok && id != intent.ID {
 		return fmt.Errorf("evidence of %s: id %.40q, announced was %s: %w", intent.Label, id, intent.ID, hsm.ErrMismatch)
 	}
-	if err := (hsm.Policy{Extractable: intent.Extractable}).Check(e.Attributes); err != nil {
+	if err := policy.Check(e.Attributes); err != nil {
 		return fmt.Errorf("evidence of %s: %w", intent.Label, err)
 	}
 	if e.Attestation != nil {
@@ -247,7 +251,7 @@ func (f *facts) takeKeyIntent(rec *Record, name string) error {
 	}
 	want := keyIntent{
 		Role: f.def.uses[name].role, Token: f.def.Keys[name].Token, Label: name,
-		ID: d.ID, Algorithm: f.def.Keys[name].Algorithm,
+		ID: d.ID, Algorithm: f.def.Keys[name].Algorithm, Extractable: f.def.Keys[name].extractable(),
 	}
 	if id, err := hex.DecodeString(d.ID); d != want || err != nil || len(id) != hsm.IDSize {
 		return bad(rec, "not the key of the definition")

@@ -22,6 +22,10 @@ func kindOf(k Kind) (ceremonyKind, error) {
 		return ceremonyKind{plan: planGenesis, files: (*facts).genesisFiles}, nil
 	case Rotate, LogKey:
 		return ceremonyKind{plan: planRotate, files: (*facts).laterFiles}, nil
+	case RestoreDrill:
+		return ceremonyKind{plan: planDrill, files: (*facts).laterFiles}, nil
+	case Decommission:
+		return ceremonyKind{plan: planDecommission, files: (*facts).laterFiles}, nil
 	case CRL:
 		return ceremonyKind{plan: planCRL, files: (*facts).laterFiles}, nil
 	}

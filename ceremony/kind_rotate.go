@@ -102,9 +102,6 @@ func (d *Definition) checkNextService(f *faults) {
 
 // planRotate replaces keys: intermediates, timestamp authorities, logs, roots.
 func planRotate(d *Definition) ([]Step, error) {
-	if err := d.supported(); err != nil {
-		return nil, err
-	}
 	steps := append([]Step{previousStep(d.Previous)}, d.tokenSteps()...)
 	if d.hasOwn(profile.Root) {
 		steps = append(steps, d.entropyStep())
@@ -115,6 +112,7 @@ func planRotate(d *Definition) ([]Step, error) {
 	for _, name := range d.keyOrder() {
 		steps = append(steps, d.keyStep(name))
 	}
+	steps = append(steps, d.backupSteps()...)
 	for _, l := range d.logs() {
 		steps = append(steps, named(StepFreeze, string(l.role), "Whoever has the last checkpoint can prove that nothing was added after it.",
 			"Record the last checkpoint of the %s shard that %s follows.", l.role, l.Shard.Shard))
@@ -451,7 +449,7 @@ func (f *facts) laterFiles() ([]File, error) {
 		all[name] = newFile(name, content)
 	}
 	var fresh []File
-	for _, part := range []func() ([]File, error){f.rotatedFiles, f.nextTUFFiles, f.evidenceFiles} {
+	for _, part := range []func() ([]File, error){f.rotatedFiles, f.nextTUFFiles, f.evidenceFiles, f.backupFiles} {
 		files, err := part()
 		if err != nil {
 			return nil, err

@@ -134,7 +134,7 @@ func (d *Definition) machineOf(s Step) Machine {
 	switch s.Kind {
 	case StepInventory, StepSelfTest, StepSeed:
 		return d.Tokens[s.Name].Machine
-	case StepKey:
+	case StepKey, StepBackup:
 		return d.Tokens[d.Keys[s.Name].Token].Machine
 	case StepCertificate, StepCRL, StepCustodians, StepTUF:
 		return Offline

@@ -180,8 +180,12 @@ func (f *facts) genesisFiles() ([]File, error) {
 	if err != nil {
 		return nil, err
 	}
+	backups, err := f.backupFiles()
+	if err != nil {
+		return nil, err
+	}
 	evidence, err := f.evidenceFiles()
-	return slices.Concat(files, trustFiles, f.crlFiles(), repository, evidence), err
+	return slices.Concat(files, trustFiles, f.crlFiles(), repository, backups, evidence), err
 }
 
 // evidenceFiles has one file for each key that was made.

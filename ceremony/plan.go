@@ -69,6 +69,12 @@ func actionOf(kind StepKind) (action, error) {
 		return action{(*run).key, (*facts).takeKey}, nil
 	case StepCertificate:
 		return action{(*run).certificate, (*facts).takeCertificate}, nil
+	case StepBackup:
+		return action{(*run).backup, (*facts).takeBackup}, nil
+	case StepDrill:
+		return action{(*run).drill, (*facts).takeDrill}, nil
+	case StepDestroy:
+		return action{(*run).destroy, (*facts).takeDestroy}, nil
 	case StepPrevious:
 		return action{(*run).previous, (*facts).takePrevious}, nil
 	case StepFreeze:
@@ -115,7 +121,7 @@ func (k StepKind) Stage() string {
 		return "Tokens"
 	case StepEntropy, StepSeed:
 		return "Randomness"
-	case StepKey, StepFreeze:
+	case StepKey, StepFreeze, StepBackup, StepDrill, StepDestroy:
 		return "Keys"
 	case StepCertificate, StepCRL:
 		return "Certificates"
@@ -166,9 +172,6 @@ func Plan(d *Definition) ([]Step, error) {
 
 // planGenesis is the plan of a new trust root.
 func planGenesis(d *Definition) ([]Step, error) {
-	if err := d.supported(); err != nil {
-		return nil, err
-	}
 	steps := d.tokenSteps()
 	steps = append(steps, d.entropyStep())
 	for _, name := range sorted(d.Tokens) {
@@ -177,6 +180,7 @@ func planGenesis(d *Definition) ([]Step, error) {
 	for _, name := range d.keyOrder() {
 		steps = append(steps, d.keyStep(name))
 	}
+	steps = append(steps, d.backupSteps()...)
 	for _, name := range d.certificateOrder() {
 		steps = append(steps, d.certificateStep(name))
 	}
@@ -339,16 +343,6 @@ func outputsStep() Step {
 
 func named(kind StepKind, name, why, title string, args ...any) Step {
 	return Step{ID: string(kind) + "/" + name, Kind: kind, Name: name, Title: fmt.Sprintf(title, args...), Why: why}
-}
-
-// supported refuses what is specified and not done by this version.
-func (d *Definition) supported() error {
-	for _, name := range sorted(d.Keys) {
-		if p := d.Keys[name].Protection; p == NativeBackup || p == WrappedBackup {
-			return fmt.Errorf("key %s: protection %s: %w", name, p, ErrNotInVersion)
-		}
-	}
-	return nil
 }
 
 // keyOrder lists the keys by role.

@@ -211,7 +211,9 @@ type facts struct {
 	exchange                            exchangeFacts
 	before                              *previousFacts
 	crl                                 crlFacts
-	frozen                              map[string]frozenData // by role
+	backups                             map[string]backupFacts  // by key
+	destroyed                           map[string]destroyFacts // by role
+	frozen                              map[string]frozenData   // by role
 	binary                              string
 	present                             map[string]bool          // people
 	watches                             map[string]bool          // people

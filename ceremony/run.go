@@ -67,6 +67,9 @@ type Options struct {
 	Custodian func(ctx context.Context, id string) (hsm.Key, error)
 	// Previous is the output folder of the ceremony that this one continues.
 	Previous string
+	// Pairing names the wrapping key that two practice tokens share; nil in
+	// production, where the definition says it.
+	Pairing func(source, target string) (hsm.Pairing, error)
 	// Bundle is the path of the other machine's bundle, "" until it is there.
 	Bundle string
 	// People are asked and told. nil means Practice, in a rehearsal.

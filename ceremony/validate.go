@@ -55,8 +55,12 @@ func (d *Definition) validate() error {
 	d.checkPrevious(&f)
 	d.checkRotation(&f)
 	d.checkCRL(&f)
+	d.checkBackups(&f)
+	d.checkDrills(&f)
+	d.checkDestroy(&f)
 	if len(f.list) == 0 {
 		d.assignUses(&f)
+		d.checkBackupRoles(&f)
 	}
 	if len(f.list) > 0 {
 		return fmt.Errorf("%w: %w", ErrDefinition, errors.Join(f.list...))
