@@ -57,7 +57,7 @@ const (
 // figures are those that count.
 func BenchmarkIssue(b *testing.B) {
 	procs := runtime.GOMAXPROCS(0)
-	runtime.GOMAXPROCS(2 * procs) // as chancery serve does
+	runtime.GOMAXPROCS(6 * procs) // as chancery serve does
 	defer runtime.GOMAXPROCS(procs)
 	d := start(b)
 	body := request(b, d)
