@@ -383,4 +383,3 @@ func (f *facts) takeDrill(rec *Record, s Step) error {
 	f.backups[s.Name] = backupFacts{restored: d.Evidence}
 	return nil
 }
-

@@ -63,6 +63,14 @@
 //	custodians  their public keys, pinned by the definition (with a TUF repository)
 //	tuf         root and targets, signed by custodians in any order
 //	tuf-online  snapshot and timestamp, signed by the online key
+//	previous    the outputs that this ceremony continues, verified
+//	backup      a wrapped key, restored in a second token; or a statement
+//	request     a certificate request: the online machine has the key
+//	import      the other machine's transcript, verified; its words
+//	freeze      the last checkpoint of a shard that gets a successor
+//	crl         the root's list of what it revokes
+//	drill       a backup proves itself
+//	destroy     a key that is gone
 //	outputs     hashes of the files; then the files
 //	checkpoint  log out; the tree over all lines so far
 //	witnesses   signatures or refusals, in any order, over any number of runs
@@ -92,6 +100,6 @@
 //
 // # This version
 //
-// The kind genesis, without backups. A definition may name the rest; Plan then
-// refuses it with ErrNotInVersion.
+// All kinds but intermediate-csr and sign-intermediate, which Plan refuses with
+// ErrNotInVersion: a rotation on two machines is both.
 package ceremony
