@@ -55,7 +55,9 @@ type Issuer struct {
 	// IssuerClaim, for type email, is the path ($.name.name) of a claim that
 	// is certified in place of iss, for providers that federate others.
 	IssuerClaim string `json:"IssuerClaim,omitempty" yaml:"issuer-claim,omitempty"`
-	// SubjectDomain and SPIFFETrustDomain belong to types uri, username and spiffe.
+	// SubjectDomain and SPIFFETrustDomain belong to types uri, username and
+	// spiffe. For uri it is a URL: scheme and host of the subjects, and their
+	// port and the start of their path if it has them.
 	SubjectDomain     string `json:"SubjectDomain,omitempty" yaml:"subject-domain,omitempty"`
 	SPIFFETrustDomain string `json:"SPIFFETrustDomain,omitempty" yaml:"spiffe-trust-domain,omitempty"`
 	// ChallengeClaim is the claim that a proof of possession signs, email or
