@@ -456,7 +456,7 @@ func (f *facts) responseFiles() []bundle.File {
 			files = append(files, bundle.File{Name: SignatureName(p.ID), Content: []byte(a.Signature)})
 		}
 	}
-	for _, name := range sorted(f.certs) {
+	for _, name := range sorted(f.def.Certificates) {
 		files = append(files, bundle.File{Name: name + issuedSuffix, Content: certificatePEM(f.certs[name])})
 	}
 	return files
