@@ -140,6 +140,9 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	t.cfg.PIN = nil
 	ctx, cancel := context.WithTimeout(ctx, cfg.Deadline)
 	defer cancel()
+	// A recovery that runs, for a token that may be closed by now, would reopen
+	// the new connection too: let it end if it can.
+	m.recovered(ctx)
 	err = m.exclusive(ctx, func() error { return m.attach(t) }, func() { m.detach(t) })
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", u, err)

@@ -365,6 +365,32 @@ func TestAbsentToken(t *testing.T) {
 	}
 }
 
+// TestOpenDuringRecovery: a token that was closed while it was away does not
+// disturb the next one that is opened.
+func TestOpenDuringRecovery(t *testing.T) {
+	f := setUp(t, pkcs11.Config{})
+	f.shim.Fail(hsmtest.GetTokenInfo, p11.CKR_TOKEN_NOT_PRESENT, 1<<30)
+	lib := p11.New(f.open.Info().Module)
+	if err := lib.CloseAllSessions(f.open.Info().Slot); err != nil {
+		t.Fatal(err)
+	}
+	wants(t, f.token, "the caller that notices", f.sign(t.Context()), hsm.ErrLost)
+	if err := f.open.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.shim.Fail(hsmtest.GetTokenInfo, 0, 0)
+	again, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: f.token.Module, URI: f.token.URI, PIN: f.token.PIN})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	for range 100 {
+		if _, err := again.Random(t.Context(), 8); err != nil {
+			t.Fatalf("a token just opened: %v", err)
+		}
+	}
+}
+
 // TestPINRefusedWhileReopening: the module is dead, and nothing logs in again.
 func TestPINRefusedWhileReopening(t *testing.T) {
 	f := setUp(t, pkcs11.Config{})
