@@ -30,8 +30,12 @@ import (
 // The demo's user, as `chancery demo` documents it.
 const user = "demo@example.com"
 
-// binary builds a program of this module once per test run; with the race
-// detector when the tests have it.
+// withRace behind a program's name builds it with the race detector when the
+// tests have it. Such a program is several times slower: the tests of load want
+// it, those that look at what a program does take it as it is released.
+const withRace = " with race detector"
+
+// binary builds a program of this module once per test run.
 var binary = func() func(t testing.TB, name string) string {
 	var mu sync.Mutex
 	built := map[string]string{}
@@ -44,10 +48,11 @@ var binary = func() func(t testing.TB, name string) string {
 		}
 		path := filepath.Join(scratch, name)
 		args := []string{"build", "-trimpath", "-o", path}
-		if raceEnabled {
+		program, race := strings.CutSuffix(name, withRace)
+		if race && raceEnabled {
 			args = append(args, "-race")
 		}
-		cmd := exec.Command("go", append(args, module+"/cmd/"+name)...)
+		cmd := exec.Command("go", append(args, module+"/cmd/"+program)...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("build %s: %v\n%s", name, err, out)
 		}
@@ -95,9 +100,15 @@ type demo struct {
 // startDemo runs the demo on dir and waits until it says that it is ready.
 func startDemo(t testing.TB, dir string, args ...string) *demo {
 	t.Helper()
+	return startDemoOf(t, "chancery", dir, args...)
+}
+
+// startDemoOf is startDemo of a program as binary names it.
+func startDemoOf(t testing.TB, program, dir string, args ...string) *demo {
+	t.Helper()
 	needSoftHSM(t)
 	d := &demo{t: t, dir: dir, log: new(syncBuffer)}
-	d.cmd = exec.Command(binary(t, "chancery"), append([]string{"demo", "--dir", dir}, args...)...)
+	d.cmd = exec.Command(binary(t, program), append([]string{"demo", "--dir", dir}, args...)...)
 	d.cmd.Stderr = d.log
 	stdout, err := d.cmd.StdoutPipe()
 	if err != nil {

@@ -282,7 +282,7 @@ func TestTPMCounter(t *testing.T) {
 	s.site.write(t, s.settings)
 	s.chancery(t, 0, "config", "check")
 	s.chancery(t, 0, "init")
-	if out := s.chancery(t, 0, "init", "--add"); out != "kept      ct-ct1\nkept      rekor-log1\n" {
+	if out := s.chancery(t, 0, "init", "--add"); out != "kept      ct-ct1\nkept      rekor-log1\nkept      the audit\n" {
 		t.Errorf("init --add with nothing to add says %q", out)
 	}
 	s.start(t)
