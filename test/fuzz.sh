@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every fuzz target of the module, or of the folders $3 and on, each for $1
-# ("60s", or "3000x" inputs), and keeps what it learns in $2. Ends at the first
+# ("60s", or "3000x" inputs; FUZZBUILD=-race: without guidance, from the build of
+# the tests), and keeps what it learns in $2. Ends at the first
 # target that finds something; the input is then in testdata/fuzz beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,8 @@ ran=0
 for dir in $(git ls-files -- "$@" | grep '_test.go$' | xargs grep -l '^func Fuzz' | xargs -n 1 dirname | sort -u); do
   # One instrumented binary for each package; its targets run one after another.
   binary=$work/${dir//\//-}.test
-  go test -c -fuzz . -o "$binary" "./$dir"
+  # shellcheck disable=SC2086
+  go test -c ${FUZZBUILD:--fuzz .} -o "$binary" "./$dir"
   for target in $(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' "$dir"/*_test.go); do
     begin=$SECONDS
     if ! (cd "$dir" && "$binary" -test.run '^$' -test.fuzz "^$target\$" -test.fuzztime "$fuzztime" \
