@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -139,14 +140,16 @@ func FuzzExchange(f *testing.F) {
 	f.Add([]byte(nil))
 	f.Fuzz(func(t *testing.T, octets []byte) {
 		client, server := streamPair(t)
-		go func() {
+		var emulator sync.WaitGroup
+		emulator.Go(func() {
 			_, _ = io.ReadFull(server, make([]byte, headerSize))
 			_, _ = server.Write(octets)
 			_ = server.Close()
-		}()
+		})
 		s := &stream{conn: client}
-		defer s.close()
 		response, err := s.exchange(message(10, 10), time.Now().Add(5*time.Second))
+		s.close()
+		emulator.Wait() // octets are the fuzzer's again when this function returns
 		if err == nil && (len(response) < headerSize || int(binary.BigEndian.Uint32(response[2:])) != len(response) || !bytes.HasPrefix(octets, response)) {
 			t.Errorf("response of %d octets out of %x", len(response), octets)
 		}
