@@ -17,7 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -299,12 +298,7 @@ func (f *facts) tufLayout() (tuf.Layout, error) {
 
 // tufTargets are the files that clients download.
 func (f *facts) tufTargets(at time.Time) ([]tuf.Target, error) {
-	d := f.def
-	if f.before != nil {
-		return f.nextTargets(at)
-	}
-	files, err := f.trustFiles(f.certs[d.certificateOfKind(profile.Root)], f.certs[d.certificateOfKind(profile.Intermediate)],
-		f.certs[d.certificateOfKind(profile.TSARoot)], f.certs[d.certificateOfKind(profile.TSA)])
+	files, err := f.trustFiles()
 	if err != nil {
 		return nil, err
 	}
@@ -653,39 +647,59 @@ func (r *run) onlineSigns(ctx context.Context, s Step) error {
 	return r.record(s, Done, data)
 }
 
+// custodianFiles is the part of a repository that the custodians signed.
+type custodianFiles struct {
+	roots   [][]byte // version 1 first
+	root    *tuf.Root
+	targets []byte
+	listed  []tuf.Target // what targets lists
+}
+
+// custodianFiles follows from the definition and the records. That enough
+// signed is for assemble to see.
+func (f *facts) custodianFiles() (custodianFiles, error) {
+	rootDraft, targetsDraft, err := f.tufDrafts(f.tuf.at)
+	if err != nil {
+		return custodianFiles{}, err
+	}
+	c := custodianFiles{}
+	if c.listed, err = f.tufTargets(f.tuf.at); err != nil {
+		return c, err
+	}
+	if c.targets, err = targetsDraft.Bytes(); err != nil {
+		return c, err
+	}
+	file, err := rootDraft.Bytes()
+	if err != nil {
+		return c, err
+	}
+	c.roots = append(f.before.tufRoots(), file)
+	c.root, err = tuf.ParseRoot(file)
+	return c, err
+}
+
+// assemble adds what the online key signed; nil and nil if it has not yet.
+func (c custodianFiles) assemble(snapshot, timestamp []byte) (*tuf.Repository, error) {
+	return tuf.Assemble(c.roots, c.targets, snapshot, timestamp, c.listed)
+}
+
 // tufRepository puts the repository together; the two functions add the
 // signature to the snapshot and, when that is done, to the timestamp.
 func (f *facts) tufRepository(at time.Time, snapshot, timestamp func(*tuf.Draft) error) (*tuf.Repository, error) {
-	rootDraft, targetsDraft, err := f.tufDrafts(f.tuf.at)
-	if err != nil {
-		return nil, err
-	}
-	files, err := f.tufTargets(f.tuf.at)
-	if err != nil {
-		return nil, err
-	}
-	rootFile, err := rootDraft.Bytes()
-	if err != nil {
-		return nil, err
-	}
-	root, err := tuf.ParseRoot(rootFile)
-	if err != nil {
-		return nil, err
-	}
-	targetsFile, err := targetsDraft.Bytes()
+	signed, err := f.custodianFiles()
 	if err != nil {
 		return nil, err
 	}
 	version := tuf.NextVersion(f.before.tufVersion(), at)
-	snapshotFile, err := signedDraft(snapshot)(tuf.NewSnapshot(root, targetsFile, version, at))
+	snapshotFile, err := signedDraft(snapshot)(tuf.NewSnapshot(signed.root, signed.targets, version, at))
 	if err != nil {
 		return nil, err
 	}
-	timestampFile, err := signedDraft(timestamp)(tuf.NewTimestamp(root, snapshotFile, version, at))
+	timestampFile, err := signedDraft(timestamp)(tuf.NewTimestamp(signed.root, snapshotFile, version, at))
 	if err != nil {
 		return nil, err
 	}
-	return tuf.Assemble(append(f.before.tufRoots(), rootFile), targetsFile, snapshotFile, timestampFile, files)
+	return signed.assemble(snapshotFile, timestampFile)
 }
 
 // signedDraft returns what signs a draft and writes it.

@@ -521,21 +521,9 @@ func (f *facts) takeOver(other *facts) {
 // offlineRepository is the TUF repository as the custodians signed it; the
 // online key has its turn on the online machine.
 func (f *facts) offlineRepository() (*tuf.Repository, error) {
-	root, targets, err := f.tufDrafts(f.tuf.at)
+	signed, err := f.custodianFiles()
 	if err != nil {
 		return nil, err
 	}
-	files, err := f.tufTargets(f.tuf.at)
-	if err != nil {
-		return nil, err
-	}
-	rootFile, err := root.Bytes()
-	if err != nil {
-		return nil, err
-	}
-	targetsFile, err := targets.Bytes()
-	if err != nil {
-		return nil, err
-	}
-	return tuf.Assemble(append(f.before.tufRoots(), rootFile), targetsFile, nil, nil, files)
+	return signed.assemble(nil, nil)
 }

@@ -389,55 +389,6 @@ func (f *facts) nextRing() (*trust.KeyRing, error) {
 	return ring, nil
 }
 
-// nextTrustFiles are the four files of ceremony/trust after the ceremony.
-func (f *facts) nextTrustFiles() ([]File, error) {
-	ring, err := f.nextRing()
-	if err != nil {
-		return nil, err
-	}
-	ringYAML, err := ring.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	trusted, signing, err := f.nextTrust()
-	if err != nil {
-		return nil, err
-	}
-	trustedJSON, err := trusted.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	signingJSON, err := signing.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	clientJSON, err := trust.MarshalClientConfig(trustedJSON, signingJSON)
-	if err != nil {
-		return nil, err
-	}
-	return []File{
-		newFile(keysName, ringYAML), newFile(trustedRootName, trustedJSON),
-		newFile(signingConfigName, signingJSON), newFile(clientConfigName, clientJSON),
-	}, nil
-}
-
-// nextTargets are the files that clients download from now on.
-func (f *facts) nextTargets(at time.Time) ([]tuf.Target, error) {
-	trusted, signing, err := f.nextTrust()
-	if err != nil {
-		return nil, err
-	}
-	trustedJSON, err := trusted.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	signingJSON, err := signing.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	return tuf.Targets(trustedJSON, signingJSON, at)
-}
-
 // laterFiles are the outputs of a ceremony that continues another: all of its,
 // with what is new in the place of what was.
 func (f *facts) laterFiles() ([]File, error) {
@@ -487,8 +438,8 @@ func (f *facts) rotatedFiles() ([]File, error) {
 			files = append(files, newFile(frozenFolder+frozen.Log[:16]+".checkpoint", frozen.Checkpoint))
 		}
 	}
-	trustFiles, err := f.nextTrustFiles()
-	return append(files, trustFiles...), err
+	trusted, err := f.trustFiles()
+	return append(files, trusted...), err
 }
 
 // nextTUFFiles is the repository with its next root and targets.

@@ -172,7 +172,7 @@ func (f *facts) genesisFiles() ([]File, error) {
 		files = append(files, newFile(string(l.role)+".pub",
 			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: key.evidence.PublicKey})))
 	}
-	trustFiles, err := f.trustFiles(root, inter, tsaRoot, tsa)
+	trustFiles, err := f.trustFiles()
 	if err != nil {
 		return nil, err
 	}
@@ -215,9 +215,15 @@ func certificatePEM(certs ...*x509.Certificate) []byte {
 	return b.Bytes()
 }
 
-// trustFiles makes what ceremony/trust writes.
-func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File, error) {
-	ring, err := f.keyRing()
+// trustFiles are the four files of ceremony/trust after the ceremony: where the
+// keys are, and what clients are told. A later ceremony's begin with what the
+// one before says.
+func (f *facts) trustFiles() ([]File, error) {
+	trustOf := f.firstTrust
+	if f.before != nil {
+		trustOf = f.nextTrust
+	}
+	ring, err := f.resultRing()
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +231,7 @@ func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File,
 	if err != nil {
 		return nil, err
 	}
-	trusted, err := f.trustedRoot(root, inter, tsaRoot, tsa)
+	trusted, signing, err := trustOf()
 	if err != nil {
 		return nil, err
 	}
@@ -233,7 +239,7 @@ func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File,
 	if err != nil {
 		return nil, err
 	}
-	signingJSON, err := f.signingConfig(inter).Marshal()
+	signingJSON, err := signing.Marshal()
 	if err != nil {
 		return nil, err
 	}
@@ -242,10 +248,8 @@ func (f *facts) trustFiles(root, inter, tsaRoot, tsa *x509.Certificate) ([]File,
 		return nil, err
 	}
 	return []File{
-		newFile("keys.yaml", ringYAML),
-		newFile("trusted_root.json", trustedJSON),
-		newFile("signing_config.v0.2.json", signingJSON),
-		newFile("client_trust_config.json", clientJSON),
+		newFile(keysName, ringYAML), newFile(trustedRootName, trustedJSON),
+		newFile(signingConfigName, signingJSON), newFile(clientConfigName, clientJSON),
 	}, nil
 }
 
@@ -298,13 +302,23 @@ func escape(s string) string {
 	return strings.ReplaceAll(url.QueryEscape(s), "+", "%20")
 }
 
+// firstTrust is the trusted root and the signing configuration of a genesis.
+func (f *facts) firstTrust() (trust.Root, trust.SigningConfig, error) {
+	trusted, err := f.trustedRoot()
+	if err != nil {
+		return trusted, trust.SigningConfig{}, err
+	}
+	return trusted, f.signingConfig(f.certs[f.def.certificateOfKind(profile.Intermediate)]), nil
+}
+
 // trustedRoot is the content of trusted_root.json (clients want a validity start
 // everywhere, the certificate authority's window is the intermediate's).
-func (f *facts) trustedRoot(root, inter, tsaRoot, tsa *x509.Certificate) (trust.Root, error) {
+func (f *facts) trustedRoot() (trust.Root, error) {
 	d := f.def
+	cert := func(kind profile.Kind) *x509.Certificate { return f.certs[d.certificateOfKind(kind)] }
 	tr := trust.Root{
-		CertificateAuthorities: []trust.Authority{authority(d.Service.URL, inter, root)},
-		TimestampAuthorities:   []trust.Authority{authority(d.Service.URL+trust.TimestampPath, tsa, tsaRoot)},
+		CertificateAuthorities: []trust.Authority{authority(d.Service.URL, cert(profile.Intermediate), cert(profile.Root))},
+		TimestampAuthorities:   []trust.Authority{authority(d.Service.URL+trust.TimestampPath, cert(profile.TSA), cert(profile.TSARoot))},
 	}
 	for _, l := range d.logs() {
 		fact := f.keys[d.keyOfRole(l.role)]
