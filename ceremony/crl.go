@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/hex"
 	"encoding/pem"
@@ -322,11 +321,7 @@ func signCRL(ctx context.Context, key hsm.Key, tbs []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return asn1.Marshal(struct {
-		TBS       asn1.RawValue
-		Algorithm pkix.AlgorithmIdentifier
-		Signature asn1.BitString
-	}{asn1.RawValue{FullBytes: tbs}, pkix.AlgorithmIdentifier{Algorithm: ecdsaWith[alg]}, asn1.BitString{Bytes: sig, BitLength: 8 * len(sig)}})
+	return signedDER(tbs, alg, sig)
 }
 
 // parseCRL reads a list in PEM and verifies that the root signed it.

@@ -77,6 +77,7 @@ type Definition struct {
 	Certificates map[string]Certificate `yaml:"certificates"`
 	TUF          *TUF                   `yaml:"tuf"`
 	Previous     *Previous              `yaml:"previous"`
+	Request      *Request               `yaml:"request"`
 	Rotation     *Rotation              `yaml:"rotation"`
 	CRL          *Revocations           `yaml:"crl"`
 	Drills       []Drill                `yaml:"drills"`
@@ -189,7 +190,8 @@ const (
 	WrappedBackup  Protection = "wrapped-backup"
 )
 
-// Key is a key pair to be made. Its name becomes its label in the token.
+// Key is a key pair to be made. Its name becomes its label in the token. Of a
+// sign-intermediate it was made elsewhere, and has an Algorithm alone.
 type Key struct {
 	Token      string        `yaml:"token"`
 	Algorithm  hsm.Algorithm `yaml:"alg"`

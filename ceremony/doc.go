@@ -98,8 +98,11 @@
 // that comes from outside is read bounded, checked, and its octets or their
 // hash are in a record before anything follows from it.
 //
-// # This version
+// # Two machines
 //
-// All kinds but intermediate-csr and sign-intermediate, which Plan refuses with
-// ErrNotInVersion: a rotation on two machines is both.
+// A root that is kept away from every network is on a machine of its own, and
+// nothing but bundles (package bundle) goes between the two. Either both perform
+// parts of one ceremony (Definition.On; a genesis, a rotate), or each performs one
+// of its own, on another day: intermediate-csr asks, sign-intermediate answers.
+// Each transcript has the other's in it, replayed from the first record.
 package ceremony

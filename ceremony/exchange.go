@@ -3,16 +3,13 @@ package ceremony
 import (
 	"bytes"
 	"context"
-	"crypto"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
+	"time"
 
 	"github.com/chancery-ca/chancery/ceremony/bundle"
 	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
@@ -29,14 +26,8 @@ var (
 	ErrNothingToExport = errors.New("nothing to export")
 )
 
-// The kinds of steps of the exchange.
-const (
-	// StepRequest makes a certificate request, which proves that this machine
-	// has the key.
-	StepRequest StepKind = "request"
-	// StepImport takes in what the other machine did.
-	StepImport StepKind = "import"
-)
+// StepImport takes in what the other machine did.
+const StepImport StepKind = "import"
 
 // The files of a bundle besides the requests, evidence and certificates.
 const (
@@ -45,18 +36,14 @@ const (
 	issuedSuffix   = ".pem"
 )
 
-// requestData is the result of StepRequest: a PKCS #10 request (RFC 2986), DER.
-type requestData struct {
-	Request []byte `json:"request"`
-	SHA256  string `json:"sha256"`
-}
-
 // importIntent is the intent of StepImport: what was read, before anybody is
 // asked. Nothing is read again after the words.
 type importIntent struct {
 	Bundle     string `json:"bundleSHA256"` // of the manifest, which covers all
 	Head       string `json:"head"`         // of the other transcript
 	Transcript []byte `json:"transcript"`
+	// Definition is that of the other transcript, if it is a ceremony of its own.
+	Definition []byte `json:"definition,omitempty"`
 }
 
 // importResult is the result of StepImport.
@@ -68,62 +55,23 @@ type importResult struct {
 type exchangeFacts struct {
 	requests   map[string]*x509.CertificateRequest // by certificate
 	transcript []byte                              // of the other machine
+	definition []byte                              // under that transcript, if it is another
 	other      *facts                              // what it says
 	bundle     [sha256.Size]byte                   // hash of the bundle that came
 	confirmed  bool                                // people compared its words
 	done       bool
 }
 
-func (d *Definition) requestSteps() []Step {
-	var steps []Step
-	if d.machine != Online {
-		return nil
-	}
-	for _, name := range d.requests() {
-		c := d.Certificates[name]
-		steps = append(steps, named(StepRequest, name, "The signature under the request proves that this token has the private key.",
-			"Make the certificate request %s with key %s: %q.", name, c.Key, d.CommonName(c.Subject)))
-	}
-	return steps
-}
-
 func (d *Definition) importStep() Step {
 	return Step{
 		ID: string(StepImport), Kind: StepImport,
-		Title: fmt.Sprintf("Take in the bundle of the %s machine.", d.machine.other()),
+		Title: fmt.Sprintf("Take in the bundle of the %s machine.", d.side().other()),
 		Why:   "Nothing on a USB stick is believed: its words are compared, and its transcript is verified from the first record.",
-		Details: []string{
+		Details: append([]string{
 			"export: chancery-ceremony export OUTPUTS FILE; then carry both ways: chancery-ceremony import OUTPUTS FILE",
 			"the words of the bundle are read aloud from the other machine's screen",
-		},
+		}, d.importDetails()...),
 	}
-}
-
-// request makes a certificate request.
-func (r *run) request(ctx context.Context, s Step) error {
-	c := r.def.Certificates[s.Name]
-	key, err := r.openKey(ctx, c.Key)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := device(ctx)
-	defer cancel()
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: r.def.subject(c.Subject)}, contextSigner{ctx, key})
-	if err != nil {
-		return fmt.Errorf("sign request: %w", err)
-	}
-	sum := sha256.Sum256(der)
-	return r.record(s, Done, requestData{Request: der, SHA256: hex.EncodeToString(sum[:])})
-}
-
-// contextSigner is a key for one call of the standard library.
-type contextSigner struct {
-	ctx context.Context
-	hsm.Key
-}
-
-func (s contextSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	return s.SignContext(s.ctx, digest, opts)
 }
 
 // openKey opens a key that the ceremony made in a token of this machine.
@@ -140,35 +88,6 @@ func (r *run) openKey(ctx context.Context, name string) (hsm.Key, error) {
 		return nil, fmt.Errorf("open key %s: %w", name, err)
 	}
 	return key, nil
-}
-
-func (f *facts) takeRequest(rec *Record, s Step) error {
-	var d requestData
-	if err := rec.result(&d); err != nil {
-		return err
-	}
-	csr, err := x509.ParseCertificateRequest(d.Request)
-	if err != nil {
-		return bad(rec, "%w", err)
-	}
-	if err := csr.CheckSignature(); err != nil {
-		return bad(rec, "proof of possession: %w", err)
-	}
-	c := f.def.Certificates[s.Name]
-	if sum := sha256.Sum256(csr.RawSubjectPublicKeyInfo); sum != f.keys[c.Key].spki {
-		return bad(rec, "the request is for another key than %s", c.Key)
-	}
-	if got, want := csr.Subject.String(), f.def.subject(c.Subject).String(); got != want || len(csr.Extensions) > 0 {
-		return bad(rec, "the request is for %.200q with %d extensions, the definition wants %q", got, len(csr.Extensions), want)
-	}
-	if sum := sha256.Sum256(d.Request); hex.EncodeToString(sum[:]) != d.SHA256 {
-		return bad(rec, "hash differs")
-	}
-	if f.exchange.requests == nil {
-		f.exchange.requests = map[string]*x509.CertificateRequest{}
-	}
-	f.exchange.requests[s.Name] = csr
-	return nil
 }
 
 // takeBundle takes in the bundle: it is read, checked and on record before people
@@ -197,31 +116,54 @@ func (r *run) readBundle(s Step) error {
 	intent := importIntent{
 		Bundle: hex.EncodeToString(hash[:]), Head: hex.EncodeToString(b.Head[:]), Transcript: b.File(TranscriptName),
 	}
-	if !bytes.Equal(b.File(definitionName), r.def.source) {
+	now, err := r.now()
+	switch {
+	case err != nil:
+		return err
+	case r.def.apart():
+		intent.Definition = b.File(definitionName)
+	case !bytes.Equal(b.File(definitionName), r.def.source):
 		return fmt.Errorf("import: %w: the bundle is of another definition", ErrDefinition)
 	}
 	// As a verifier will: before it is on record, not after.
-	if _, err := r.facts.replayOther(intent, r.facts.head); err != nil {
+	if _, err := r.facts.replayOther(intent, r.facts.head, now); err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
 	return r.record(s, Intent, intent)
 }
 
-// bundleFile reads the bundle of the other machine. The online one knows which
-// request must have been answered.
+// expect is what this side knows of the bundle that should come. The online one
+// knows which request must have been answered.
+func (d *Definition) expect(request [sha256.Size]byte) bundle.Expect {
+	if d.side() == Online {
+		return bundle.Expect{Ceremony: d.exchangeID(), Kind: bundle.Response, InReplyTo: request, Names: d.responseNames()}
+	}
+	return bundle.Expect{Ceremony: d.exchangeID(), Kind: bundle.Request, Names: d.requestNames()}
+}
+
+// exchangeID is the ceremony that the bundles of both directions name: the one
+// that asks.
+func (d *Definition) exchangeID() string {
+	if d.Request != nil {
+		return d.Request.Ceremony
+	}
+	return d.ID
+}
+
+// bundleFile reads the bundle of the other machine.
 func (r *run) bundleFile() (*bundle.Bundle, error) {
-	want := bundle.Expect{Ceremony: r.def.ID, Kind: bundle.Request, Names: r.def.requestNames()}
-	if r.def.machine == Online {
+	var asked [sha256.Size]byte
+	if r.def.side() == Online {
 		request, err := makeBundle(r.facts, r.transcript.Records())
 		if err != nil {
 			return nil, err
 		}
-		want.Kind, want.InReplyTo, want.Names = bundle.Response, request.Hash(), r.def.responseNames()
+		asked = request.Hash()
 	}
 	if r.opts.Bundle == "" {
-		return nil, fmt.Errorf("from the %s machine: %w", r.def.machine.other(), ErrBundle)
+		return nil, fmt.Errorf("from the %s machine: %w", r.def.side().other(), ErrBundle)
 	}
-	return bundle.ReadFile(r.opts.Bundle, want)
+	return bundle.ReadFile(r.opts.Bundle, r.def.expect(asked))
 }
 
 // sameBundle refuses another bundle than the one on record.
@@ -229,11 +171,7 @@ func (r *run) sameBundle() error {
 	if r.opts.Bundle == "" {
 		return nil
 	}
-	want := bundle.Expect{Ceremony: r.def.ID, Kind: bundle.Request, Names: r.def.requestNames()}
-	if r.def.machine == Online {
-		want.Kind, want.InReplyTo, want.Names = bundle.Response, r.facts.exchange.other.exchange.bundle, r.def.responseNames()
-	}
-	b, err := bundle.ReadFile(r.opts.Bundle, want)
+	b, err := bundle.ReadFile(r.opts.Bundle, r.def.expect(r.facts.exchange.other.exchange.bundle))
 	if err != nil {
 		return err
 	}
@@ -251,16 +189,11 @@ func (r *run) confirmBundle(ctx context.Context, s Step) error {
 		return nil
 	}
 	c := newChallenge(s.ID, x.bundle)
-	facts := append(hashFact("bundle", x.bundle), hashFact("its last record", x.other.head)...)
-	for _, name := range sorted(x.other.exchange.requests) {
-		facts = append(facts, Fact{"request " + name, fmt.Sprintf("%s, SPKI SHA-256 %x", x.other.exchange.requests[name].Subject,
-			sha256.Sum256(x.other.exchange.requests[name].RawSubjectPublicKeyInfo))})
-	}
 	_, err := r.ask(ctx, Question{
 		ID: s.ID, Person: who, Confirmation: true,
-		Title:  fmt.Sprintf("What the %s machine did becomes part of this ceremony.", r.def.machine.other()),
+		Title:  fmt.Sprintf("What the %s machine did becomes part of this ceremony.", r.def.side().other()),
 		Why:    "Somebody reads the words from the other machine's screen; a bundle that was changed on the way has others.",
-		Facts:  facts,
+		Facts:  x.shown(),
 		Prompt: r.def.person(who).label() + ": " + c.prompt() + " of the bundle, as they were read aloud",
 		Check:  c.check, Practice: c.answer(),
 	})
@@ -268,6 +201,39 @@ func (r *run) confirmBundle(ctx context.Context, s Step) error {
 		return err
 	}
 	return r.state(s, who, confirmData{Words: c.answer()})
+}
+
+// shown is what people see of the bundle before they accept it.
+func (x *exchangeFacts) shown() []Fact {
+	facts := append(hashFact("bundle", x.bundle), hashFact("its last record", x.other.head)...)
+	if len(x.definition) > 0 {
+		facts = append(facts, Fact{"of ceremony", fmt.Sprintf("%s, %s, begun %s", x.other.def.ID, x.other.def.Kind, x.other.openedAt.Format(time.RFC3339))})
+		facts = append(facts, hashFact("its definition", x.other.def.Hash())...)
+	}
+	for _, name := range sorted(x.other.exchange.requests) {
+		csr, key := x.other.exchange.requests[name], x.other.keys[x.other.def.Certificates[name].Key]
+		facts = append(facts,
+			Fact{"request " + name, fmt.Sprintf("%s, SPKI SHA-256 %x", csr.Subject, sha256.Sum256(csr.RawSubjectPublicKeyInfo))},
+			Fact{"made in", key.origin()})
+	}
+	if x.other.def.side() == Offline {
+		for _, name := range x.other.def.requests() {
+			c := x.other.certs[name]
+			facts = append(facts, Fact{"certificate " + name, fmt.Sprintf("%s, serial %x, until %s, SHA-256 %x",
+				c.Subject, c.SerialNumber, c.NotAfter.Format(time.RFC3339), sha256.Sum256(c.Raw))})
+		}
+	}
+	return facts
+}
+
+// origin says in which device a key was made, and how far that is shown.
+func (k keyFact) origin() string {
+	t := k.evidence.Token
+	text := fmt.Sprintf("%s %s %s, evidence %s", t.Manufacturer, t.Model, t.Serial, k.evidence.Level)
+	if k.evidence.Attestation != nil {
+		text += ", attested"
+	}
+	return text
 }
 
 func (f *facts) takeImport(rec *Record, s Step) error {
@@ -281,7 +247,7 @@ func (f *facts) takeImport(rec *Record, s Step) error {
 		if x.other != nil {
 			return bad(rec, "a bundle was taken in before")
 		}
-		other, err := f.replayOther(d, rec.previous())
+		other, err := f.replayOther(d, rec.previous(), rec.Time)
 		if err != nil {
 			return bad(rec, "%w", err)
 		}
@@ -289,7 +255,7 @@ func (f *facts) takeImport(rec *Record, s Step) error {
 		if err != nil {
 			return bad(rec, "hash of the bundle: %w", err)
 		}
-		x.other, x.bundle, x.transcript = other, hash, d.Transcript
+		x.other, x.bundle, x.transcript, x.definition = other, hash, d.Transcript, d.Definition
 		return nil
 	case Statement:
 		var d confirmData
@@ -320,13 +286,13 @@ func (f *facts) takeImport(rec *Record, s Step) error {
 // replayOther verifies the transcript of the other machine from its first
 // record to its last, exactly as its own verifier does, and that the bundle is
 // the one that follows from it. head is that of this machine's transcript when
-// it was exported: a response must have been made for it.
-func (f *facts) replayOther(d importIntent, head [sha256.Size]byte) (*facts, error) {
+// it was exported: a response must have been made for it. at is now.
+func (f *facts) replayOther(d importIntent, head [sha256.Size]byte, at time.Time) (*facts, error) {
 	records, err := ReadTranscript(bytes.NewReader(d.Transcript))
 	if err != nil {
 		return nil, err
 	}
-	def, err := f.def.On(f.def.machine.other())
+	def, err := f.def.otherDefinition(d.Definition, records)
 	if err != nil {
 		return nil, err
 	}
@@ -336,9 +302,9 @@ func (f *facts) replayOther(d importIntent, head [sha256.Size]byte) (*facts, err
 	}
 	other := newFacts(def, steps)
 	if err := other.replay(records); err != nil {
-		return nil, fmt.Errorf("the %s machine: %w", def.machine, err)
+		return nil, fmt.Errorf("the %s machine: %w", def.side(), err)
 	}
-	if f.def.machine == Online && (other.exchange.other == nil || other.exchange.other.head != head) {
+	if f.def.side() == Online && (other.exchange.other == nil || other.exchange.other.head != head) {
 		return nil, fmt.Errorf("%w: the response is to another request", bundle.ErrOther)
 	}
 	b, err := makeBundle(other, records)
@@ -347,6 +313,9 @@ func (f *facts) replayOther(d importIntent, head [sha256.Size]byte) (*facts, err
 	}
 	if hash := b.Hash(); hex.EncodeToString(hash[:]) != d.Bundle || hex.EncodeToString(other.head[:]) != d.Head {
 		return nil, fmt.Errorf("%w: the files are not those that follow from its transcript", bundle.ErrContent)
+	}
+	if f.def.apart() {
+		return other, f.checkOtherCeremony(other, at)
 	}
 	return other, nil
 }
@@ -360,6 +329,10 @@ func (f *facts) merge(other *facts) error {
 				return fmt.Errorf("keys %s and %s have one public key", mine, name)
 			}
 		}
+	}
+	if f.def.apart() {
+		f.takeFromApart(other)
+		return nil
 	}
 	for name, k := range other.keys {
 		if f.def.machineOf(Step{Kind: StepKey, Name: name}) != f.def.machine {
@@ -393,13 +366,23 @@ func (d *Definition) requestNames() []string {
 // responseNames are the files of a bundle from the offline machine, in order.
 func (d *Definition) responseNames() []string {
 	names := []string{definitionName, TranscriptName, CheckpointName}
-	for _, p := range d.witnesses() {
+	for _, p := range d.exchangeWitnesses() {
 		names = append(names, SignatureName(p.ID))
 	}
 	for _, name := range sorted(d.Certificates) {
 		names = append(names, name+issuedSuffix)
 	}
 	return names
+}
+
+// exchangeWitnesses are those whose signatures are files of the response. Of a
+// ceremony of its own the other side does not know them; their signatures are
+// in its transcript.
+func (d *Definition) exchangeWitnesses() []Person {
+	if d.apart() {
+		return nil
+	}
+	return d.witnesses()
 }
 
 // makeBundle makes the bundle for the other machine. It is a pure function of
@@ -410,20 +393,20 @@ func makeBundle(f *facts, records []Record) (*bundle.Bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := bundle.Header{Ceremony: f.def.ID, Kind: bundle.Request, Head: f.head}
+	h := bundle.Header{Ceremony: f.def.exchangeID(), Kind: bundle.Request, Head: f.head}
 	files := []bundle.File{{Name: definitionName, Content: f.def.source}, {Name: TranscriptName, Content: transcript.content}}
 	switch {
-	case f.def.machine == Online && f.waitsForImport():
+	case f.def.side() == Online && f.waitsForImport():
 		more, err := f.requestFiles()
 		if err != nil {
 			return nil, err
 		}
 		files = append(files, more...)
-	case f.def.machine == Offline && f.status == Complete:
+	case f.def.side() == Offline && f.status == Complete:
 		h.Kind, h.InReplyTo = bundle.Response, f.exchange.bundle
 		files = append(files, f.responseFiles()...)
 	default:
-		return nil, fmt.Errorf("the %s machine is not ready, or is done: %w", f.def.machine, ErrNothingToExport)
+		return nil, fmt.Errorf("the %s machine is not ready, or is done: %w", f.def.side(), ErrNothingToExport)
 	}
 	return bundle.New(h, files)
 }
@@ -436,8 +419,7 @@ func (f *facts) waitsForImport() bool {
 func (f *facts) requestFiles() ([]bundle.File, error) {
 	var files []bundle.File
 	for _, name := range f.def.requests() {
-		files = append(files, bundle.File{Name: name + requestSuffix, Content: pem.EncodeToMemory(
-			&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: f.exchange.requests[name].Raw})})
+		files = append(files, bundle.File{Name: name + requestSuffix, Content: requestPEM(f.exchange.requests[name])})
 	}
 	for _, name := range sorted(f.keys) {
 		content, err := evidenceJSON(f.keys[name].evidence)
@@ -451,7 +433,7 @@ func (f *facts) requestFiles() ([]bundle.File, error) {
 
 func (f *facts) responseFiles() []bundle.File {
 	files := []bundle.File{{Name: CheckpointName, Content: f.checkpointFile().content}}
-	for _, p := range f.def.witnesses() {
+	for _, p := range f.def.exchangeWitnesses() {
 		if a := f.answers[p.ID]; a.Signature != "" {
 			files = append(files, bundle.File{Name: SignatureName(p.ID), Content: []byte(a.Signature)})
 		}
@@ -462,16 +444,34 @@ func (f *facts) responseFiles() []bundle.File {
 	return files
 }
 
-// exchangeFiles are the outputs of the exchange: the other machine's transcript.
+// exchangeFiles are the outputs of the exchange: the other machine's transcript
+// and, if that is a ceremony of its own, its definition and the request.
 func (f *facts) exchangeFiles() []File {
 	if !f.exchange.done {
 		return nil
 	}
-	return []File{newFile(OtherTranscriptName(f.def.machine.other()), f.exchange.transcript)}
+	side := f.def.side().other()
+	files := []File{newFile(OtherTranscriptName(side), f.exchange.transcript)}
+	if !f.def.apart() {
+		return files
+	}
+	files = append(files, newFile(OtherDefinitionName(side), f.exchange.definition))
+	requests := f.exchange.requests
+	if f.def.madeElsewhere() {
+		requests = f.exchange.other.exchange.requests
+	}
+	for _, name := range sorted(requests) {
+		files = append(files, newFile(requestFolder+name+requestSuffix, requestPEM(requests[name])))
+	}
+	return files
 }
 
 // OtherTranscriptName is the file with the transcript that came from m.
 func OtherTranscriptName(m Machine) string { return "transcript." + string(m) + ".jsonl" }
+
+// OtherDefinitionName is the file with the definition that came from m, where
+// the two machines perform two ceremonies.
+func OtherDefinitionName(m Machine) string { return "definition." + string(m) + ".yaml" }
 
 // Export writes the bundle for the other machine to path, which must not exist,
 // from the output folder dir of the ceremony. It writes no record, so it can be
@@ -486,7 +486,7 @@ func Export(dir, path string) (*bundle.Bundle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("export: %w", err)
 	}
-	if def.machine == Online {
+	if def.side() == Online {
 		for i, rec := range records {
 			if rec.Step == string(StepImport) {
 				records = records[:i]

@@ -22,6 +22,10 @@ func kindOf(k Kind) (ceremonyKind, error) {
 		return ceremonyKind{plan: planGenesis, files: (*facts).genesisFiles}, nil
 	case Rotate, LogKey:
 		return ceremonyKind{plan: planRotate, files: (*facts).laterFiles}, nil
+	case IntermediateCSR:
+		return ceremonyKind{plan: planIntermediateCSR, files: (*facts).laterFiles}, nil
+	case SignIntermediate:
+		return ceremonyKind{plan: planSignIntermediate, files: (*facts).signedFiles}, nil
 	case RestoreDrill:
 		return ceremonyKind{plan: planDrill, files: (*facts).laterFiles}, nil
 	case Decommission:

@@ -55,7 +55,7 @@ type frozenData struct {
 }
 
 func (d *Definition) checkRotation(f *faults) {
-	rotates := d.Kind == Rotate || d.Kind == LogKey || d.Kind == SignIntermediate
+	rotates := d.Kind == Rotate || d.Kind == LogKey || d.Kind == IntermediateCSR
 	switch {
 	case rotates && (d.Rotation == nil || !tufDuration.MatchString(d.Rotation.Overlap)):
 		f.add("rotation: overlap: want a number of days or years, as 7d")

@@ -24,6 +24,17 @@ const (
 	Online  Machine = "online"
 )
 
+// side is this ceremony's side of the exchange, "" if it has none.
+func (d *Definition) side() Machine {
+	switch d.Kind {
+	case IntermediateCSR:
+		return Online
+	case SignIntermediate:
+		return Offline
+	}
+	return d.machine
+}
+
 // other returns the machine on the other side of the USB stick.
 func (m Machine) other() Machine {
 	if m == Offline {
@@ -182,7 +193,10 @@ func (d *Definition) needsImport(s Step) bool {
 
 // resultRing is keys.yaml.
 func (f *facts) resultRing() (*trust.KeyRing, error) {
-	if f.before != nil {
+	switch {
+	case f.def.madeElsewhere():
+		return f.before.ring, nil
+	case f.before != nil:
 		return f.nextRing()
 	}
 	return f.keyRing()
@@ -190,6 +204,9 @@ func (f *facts) resultRing() (*trust.KeyRing, error) {
 
 // requests lists the certificates that the online machine asks for.
 func (d *Definition) requests() []string {
+	if d.apart() {
+		return d.certificateOrder()
+	}
 	return slices.DeleteFunc(d.certificateOrder(), func(name string) bool {
 		return d.Tokens[d.Keys[d.Certificates[name].Key].Token].Machine != Online
 	})

@@ -91,12 +91,10 @@ func previousStep(p *Previous) Step {
 	}
 }
 
-// checkPrevious wants a predecessor for every kind but genesis and
-// intermediate-csr.
+// checkPrevious wants a predecessor for every kind but genesis.
 func (d *Definition) checkPrevious(f *faults) {
-	wanted := d.Kind != Genesis && d.Kind != IntermediateCSR
 	switch p := d.Previous; {
-	case p == nil && wanted:
+	case p == nil && d.Kind != Genesis:
 		f.add("previous: the kind %s continues a ceremony", d.Kind)
 	case p != nil && d.Kind == Genesis:
 		f.add("previous: a genesis has none")
@@ -152,7 +150,8 @@ func (r *run) previous(_ context.Context, s Step) error {
 // but what tells of that ceremony itself.
 func carried(name string) bool {
 	return !strings.HasPrefix(name, "transcript.") && !strings.HasPrefix(name, evidenceFolder) &&
-		!strings.HasPrefix(name, draftsFolder) && name != definitionName && name != ChecksumsName
+		!strings.HasPrefix(name, draftsFolder) && !strings.HasPrefix(name, requestFolder) &&
+		!strings.HasPrefix(name, "definition.") && name != ChecksumsName
 }
 
 func (f *facts) takePrevious(rec *Record, _ Step) error {
@@ -216,6 +215,9 @@ func parsePrevious(files []carriedFile) (*previousFacts, error) {
 	}
 	if raw := p.files[crlName]; raw != nil {
 		if p.crl, err = parseCRL(raw, p.root); err != nil {
+			return nil, err
+		}
+		if err := notRevoked(p.root, p.crl); err != nil {
 			return nil, err
 		}
 	}

@@ -53,6 +53,7 @@ func (d *Definition) validate() error {
 	d.checkService(&f)
 	d.checkTUF(&f)
 	d.checkPrevious(&f)
+	d.checkApart(&f)
 	d.checkRotation(&f)
 	d.checkCRL(&f)
 	d.checkBackups(&f)
@@ -201,7 +202,7 @@ func (d *Definition) checkKeys(f *faults) {
 		if !namePattern.MatchString(name) {
 			f.add("keys: name %.40q: want 1 to 32 of a-z, 0-9, . and -", name)
 		}
-		if _, ok := d.Tokens[k.Token]; !ok {
+		if _, ok := d.Tokens[k.Token]; ok == d.madeElsewhere() || d.madeElsewhere() && k.Token != "" {
 			f.add("keys: %s: unknown token %.40q", name, k.Token)
 		}
 		if k.Algorithm.Curve() == nil {
