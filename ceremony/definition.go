@@ -280,8 +280,9 @@ type Outputs struct {
 }
 
 // ParseDefinition reads and validates a definition. Unknown keys, double keys,
-// a second document, anchors, aliases, merges and tags (which make a text mean
-// something else than what is read aloud) are errors. Every error wraps
+// a second document, anchors, aliases, merges, tags, and numbers that are not
+// plain decimal ones (all of which make a text mean something else than what is
+// read aloud) are errors. Every error wraps
 // ErrDefinition; those of validation name all faults, one a line.
 func ParseDefinition(source []byte) (*Definition, error) {
 	if len(source) > MaxDefinition {
@@ -329,6 +330,12 @@ func checkPlainYAML(source []byte) error {
 		switch t.Type {
 		case token.AnchorType, token.AliasType, token.MergeKeyType, token.TagType, token.DirectiveType:
 			return fmt.Errorf("%w: line %d: %s is not allowed", ErrDefinition, t.Position.Line, t.Type)
+		case token.StringType, token.IntegerType, token.BinaryIntegerType, token.OctetIntegerType,
+			token.HexIntegerType, token.FloatType, token.InfinityType, token.NanType:
+			if yamlNumber.MatchString(t.Value) && !plainNumber.MatchString(t.Value) {
+				return fmt.Errorf("%w: line %d: %s: YAML takes %.20s for a number and changes it: write it in quotes",
+					ErrDefinition, t.Position.Line, fieldOf(t), t.Value)
+			}
 		case token.MappingStartType, token.SequenceStartType:
 			depth++
 		case token.MappingEndType, token.SequenceEndType:
@@ -339,6 +346,34 @@ func checkPlainYAML(source []byte) error {
 		}
 	}
 	return nil
+}
+
+// yamlNumber is what YAML 1.1 or 1.2 takes for a number, of which a parser may
+// drop zeros, signs and digits: hexadecimal text among it, if it has no letters
+// or only an e. plainNumber is what every parser gives back as it is written.
+var (
+	yamlNumber = regexp.MustCompile(`^[-+]?(0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|` +
+		`[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF|nan|NaN|NAN))$`)
+	plainNumber = regexp.MustCompile(`^(0|-?[1-9][0-9]{0,17})$`)
+)
+
+// fieldOf names the field that a value belongs to: the key before the nearest
+// colon that is not inside something closed.
+func fieldOf(t *token.Token) string {
+	depth := 0
+	for p := t.Prev; p != nil; p = p.Prev {
+		switch p.Type {
+		case token.MappingEndType, token.SequenceEndType:
+			depth++
+		case token.MappingStartType, token.SequenceStartType:
+			depth = max(depth-1, 0)
+		case token.MappingValueType:
+			if depth == 0 && p.Prev != nil {
+				return p.Prev.Value
+			}
+		}
+	}
+	return "a key"
 }
 
 var yamlPosition = regexp.MustCompile(`^\[(\d+):(\d+)\] `)

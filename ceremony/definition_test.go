@@ -313,3 +313,60 @@ func FuzzParseDefinition(f *testing.F) {
 		}
 	})
 }
+
+// A value that a YAML parser takes for a number is refused unless it is written
+// as every parser gives it back; in quotes it is what it says.
+func TestParseDefinitionNumbers(t *testing.T) {
+	module := strings.Repeat("00112233445566778899aabbccddeeff", 2)
+	for _, tc := range []struct {
+		name, old, value string
+		want             string // in the error, "" if it is taken
+	}{
+		{"all zeros", `"` + module + `"`, strings.Repeat("0", 64), "line 6: sha256: YAML takes 00000000000000000000 for a number"},
+		{"all digits", `"` + module + `"`, strings.Repeat("12", 32), "line 6: sha256:"},
+		{"a leading zero", `"` + module + `"`, "0" + strings.Repeat("1", 63), "line 6: sha256:"},
+		{"an exponent", `"` + module + `"`, strings.Repeat("1", 30) + "e" + strings.Repeat("3", 33), "line 6: sha256:"},
+		{"hexadecimal with its prefix", `"` + module + `"`, "0x" + module, "line 6: sha256:"},
+		{"letters", `"` + module + `"`, strings.Replace(module, "00", "ab", 1), ""},
+		{"in quotes", `"` + module + `"`, `"` + strings.Repeat("0", 64) + `"`, ""},
+		{"in single quotes", `"` + module + `"`, `'` + strings.Repeat("0", 64) + `'`, ""},
+		{"in a list", "[w1, w2]", "[{id: a}, 1e5]", "line 15: contributors: YAML takes 1e5"},
+		{"after something nested", "ct2026", "{x: [1]}, key: 1_000", "line 31: key: YAML takes 1_000"},
+		{"a custodian", `"` + strings.Repeat("1", 64) + `"`, strings.Repeat("1", 64), "line 30: spki-sha256:"},
+		{"an octal shard", "ct2026", "007", "line 31: shard: YAML takes 007"},
+		{"octal with its prefix", "ct2026", "0o17", "shard:"},
+		{"binary", "ct2026", "0b11", "shard:"},
+		{"a fraction", "ct2026", "1.50", "shard:"},
+		{"a fraction alone", "ct2026", ".5", "shard:"},
+		{"infinity", "ct2026", ".inf", "shard:"},
+		{"not a number", "ct2026", ".NaN", "shard:"},
+		{"a sign", "witness: 2}", "witness: +2}", "line 11: witness: YAML takes +2"},
+		{"a key", "root-hsm: {path", "1e5: {path", "line 6: modules: YAML takes 1e5"},
+		{"a year", "ct2026", "2026", ""},
+		{"a version", "ct2026", "1.2.3", ""},
+		{"a date in a name", "ct2026", "2026-11-22", ""},
+		{"an e in a name", "ct2026", "1e5-a", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			source := strings.Replace(ceremonySpec, tc.old, tc.value, 1)
+			if source == ceremonySpec {
+				t.Fatalf("the definition has no %s", tc.old)
+			}
+			_, err := ParseDefinition([]byte(source))
+			switch {
+			case tc.want == "" && err != nil:
+				t.Errorf("refused: %v", err)
+			case tc.want != "" && (!errors.Is(err, ErrDefinition) || !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), "in quotes")):
+				t.Errorf("error %v, want %q", err, tc.want)
+			}
+		})
+	}
+	// The same in an answers file: a share of digits alone.
+	if _, err := ParseAnswers([]byte("entropy:w1: " + strings.Repeat("1", 64) + "\n")); !errors.Is(err, ErrDefinition) || !strings.Contains(err.Error(), "in quotes") {
+		t.Errorf("a share of digits: %v, want ErrDefinition", err)
+	}
+	answers, err := ParseAnswers([]byte("entropy:w1: \"" + strings.Repeat("1", 64) + "\"\n"))
+	if err != nil || answers["entropy:w1"] != strings.Repeat("1", 64) {
+		t.Errorf("in quotes: %v, %v", answers, err)
+	}
+}
