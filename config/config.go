@@ -6,8 +6,11 @@
 // PIN is a reference (Secret) to a systemd credential or to a file that only
 // its owner can read.
 //
-// Data flows one way: the file's octets → Config → cmd, which hands each
-// package what it needs. Nothing but cmd imports this package.
+// What the ceremony has said already need not be said again: the URL and the
+// shards come from its outputs, in the trust folder, where the file is silent.
+//
+// Data flows one way: the file's octets (and the outputs') → Config → cmd, which
+// hands each package what it needs. Nothing but cmd imports this package.
 package config
 
 import (
@@ -29,6 +32,7 @@ import (
 
 	"github.com/chancery-ca/chancery/ca/identity"
 	"github.com/chancery-ca/chancery/ca/policy"
+	"github.com/chancery-ca/chancery/hsm"
 )
 
 // ErrInvalid: the file is not a configuration. The text says where and why.
@@ -44,7 +48,8 @@ type Config struct {
 	// Only is "" for the whole service, or OnlyCT.
 	Only string `yaml:"only"`
 	// URL is the service's public base URL, https, without a path or a final
-	// slash. Certificates and trust files name it.
+	// slash. Certificates and trust files name it. Default: that of the
+	// ceremony's signing configuration.
 	URL string `yaml:"url"`
 	// Listen is the address of the one TLS listener, HOST:PORT.
 	Listen string `yaml:"listen"`
@@ -174,7 +179,8 @@ func (c *CA) Rules() (*policy.Policy, error) {
 
 // Log names a shard of a log.
 type Log struct {
-	// Shard is the shard's name in paths and on disk, [a-z0-9-]{1,64}.
+	// Shard is the shard's name in paths and on disk, [a-z0-9-]{1,64}. Default:
+	// that whose key is in keys.yaml, as the ceremony's trusted root names it.
 	Shard string `yaml:"shard"`
 	// Origin is the first line of its checkpoints. It can never change.
 	// Default: for CT HOST[:PORT]/ct/SHARD, for Rekor HOST.
@@ -328,6 +334,9 @@ func (c *Config) finish() error {
 	if c.Version != 1 {
 		return fmt.Errorf("version: %d, want 1", c.Version)
 	}
+	if err := c.defaultURL(); err != nil {
+		return err
+	}
 	host, err := checkURL(c.URL)
 	if err != nil {
 		return err
@@ -345,6 +354,11 @@ func (c *Config) finish() error {
 	if err := c.finishTokens(); err != nil {
 		return err
 	}
+	if !c.CT.Elsewhere() {
+		if err := c.defaultShard(&c.CT.Log, "ct", hsm.RoleCT); err != nil {
+			return err
+		}
+	}
 	if err := c.CT.finish(host); err != nil {
 		return err
 	}
@@ -359,6 +373,9 @@ func (c *Config) finish() error {
 		return fmt.Errorf("only: %.80q, want nothing or %s", c.Only, OnlyCT)
 	}
 	if err := c.CA.finish(); err != nil {
+		return err
+	}
+	if err := c.defaultShard(&c.Rekor.Log, "rekor", hsm.RoleRekor); err != nil {
 		return err
 	}
 	if err := c.Rekor.finish((&url.URL{Host: host}).Hostname()); err != nil {

@@ -66,14 +66,17 @@ var (
 	ErrConflict = errors.New("precertificate does not fit the promise")
 )
 
-// Config is what a Log needs. Tree, Heads, Key, Roots, Origin and Now are
-// required.
+// Config is what a Log needs. Tree, Heads, Key (or Frozen), Roots, Origin and
+// Now are required.
 type Config struct {
 	Tree  tree.Tree
 	Heads head.Publication
 	// Key signs SCTs. It is the key that signs the heads of Heads: RFC 6962
 	// logs have one key.
 	Key hsm.Key
+	// Frozen is the public key of a log that takes no more entries, in place of
+	// Key, which may be gone: nothing is signed, and Register adds reads alone.
+	Frozen crypto.PublicKey
 	// Roots are the certificates to which submitted chains must lead.
 	Roots []*x509.Certificate
 	// Issuers are intermediates known from the start, so that /issuer finds
@@ -148,6 +151,12 @@ func New(cfg Config) (*Log, error) {
 }
 
 func (c *Config) check() error {
+	if c.Frozen != nil {
+		if c.Key != nil {
+			return errors.New("a frozen log signs nothing: key and frozen")
+		}
+		c.Key = frozenKey{public: c.Frozen}
+	}
 	switch {
 	case c.Tree == nil || c.Heads == nil || c.Key == nil || c.Now == nil:
 		return errors.New("tree, heads, key and clock are required")

@@ -55,10 +55,12 @@ func notFound(what string) error {
 }
 
 // Register adds the log's routes under g: /ct/v1/… (RFC 6962, Section 4),
-// /checkpoint, /tile/… and /issuer/….
+// /checkpoint, /tile/… and /issuer/…. Those of a frozen log are the reads alone.
 func (l *Log) Register(g *echo.Group) {
-	g.POST(ct.AddChainPath, l.serve("add-chain", func(c echo.Context) error { return l.add(c, ct.X509LogEntryType) }))
-	g.POST(ct.AddPreChainPath, l.serve("add-pre-chain", func(c echo.Context) error { return l.add(c, ct.PrecertLogEntryType) }))
+	if l.cfg.Frozen == nil {
+		g.POST(ct.AddChainPath, l.serve("add-chain", func(c echo.Context) error { return l.add(c, ct.X509LogEntryType) }))
+		g.POST(ct.AddPreChainPath, l.serve("add-pre-chain", func(c echo.Context) error { return l.add(c, ct.PrecertLogEntryType) }))
+	}
 	for path, handler := range map[string]echo.HandlerFunc{
 		ct.GetSTHPath:            l.getSTH,
 		ct.GetSTHConsistencyPath: l.getConsistency,

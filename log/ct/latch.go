@@ -26,3 +26,17 @@ func (k latchedKey) SignContext(ctx context.Context, digest []byte, opts crypto.
 	}
 	return k.Key.SignContext(ctx, digest, opts)
 }
+
+// frozenKey stands for the key of a frozen log: it has a public part alone.
+type frozenKey struct {
+	hsm.Key
+	public crypto.PublicKey
+}
+
+// Public implements crypto.Signer.
+func (k frozenKey) Public() crypto.PublicKey { return k.public }
+
+// SignContext implements hsm.Key. It always fails: ErrUnavailable.
+func (k frozenKey) SignContext(context.Context, []byte, crypto.SignerOpts) ([]byte, error) {
+	return nil, fmt.Errorf("%w: the log is frozen", ErrUnavailable)
+}

@@ -141,6 +141,12 @@ func (s *Service) warnings() []string {
 	if s.tuf != nil && s.tuf.Expiring() != nil {
 		warnings = append(warnings, "TUF metadata expires soon")
 	}
+	if s.crlDue() {
+		warnings = append(warnings, "the list of revoked certificates is past its next update")
+	}
+	for _, name := range s.unreadable {
+		warnings = append(warnings, "frozen log "+name+": does not verify")
+	}
 	for _, l := range s.logs {
 		if l.heads.CounterErr() != nil {
 			warnings = append(warnings, "log "+l.name+": hardware counter does not follow")

@@ -92,6 +92,10 @@ type Service struct {
 	elsewhere *ctlog.Group
 	// tuf is nil when the ceremony made no TUF repository.
 	tuf *tuf.Mirror
+	// crl is the root's list of revoked certificates, nil if there is none.
+	crl *x509.RevocationList
+	// unreadable are the frozen shards that do not verify.
+	unreadable []string
 
 	state readiness
 }
@@ -168,6 +172,12 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	}
 	rekorLog.Register(s.echo.Group(""))
 	rekorLog.RegisterReads(s.echo.Group("/log/" + s.cfg.Rekor.Shard))
+	if err := s.serveFrozen(ctx, append(chain[len(chain)-1:len(chain):len(chain)], accepted...)); err != nil {
+		return err
+	}
+	if err := s.openCRL(chain); err != nil {
+		return err
+	}
 	if err := s.openTUF(ctx); err != nil {
 		return err
 	}
@@ -194,6 +204,9 @@ func (s *Service) openAlone(ctx context.Context, accepted []*x509.Certificate) e
 	}
 	s.echo = s.newEcho()
 	log.Register(s.echo.Group("/ct/" + s.cfg.CT.Shard))
+	if err := s.serveFrozen(ctx, accepted); err != nil {
+		return err
+	}
 	s.registerHealth()
 	return nil
 }
