@@ -18,7 +18,7 @@ const module = "github.com/chancery-ca/chancery"
 // A rule covers the package it names and all below it unless they have one of
 // their own.
 var importRules = map[string][]string{
-	"config": {"ca/identity", "ca/policy"},
+	"config": {"hsm", "ca/identity", "ca/policy", "ceremony/trust"},
 
 	"hsm":            {},
 	"hsm/internal":   {"hsm"},
