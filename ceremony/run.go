@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/chancery-ca/chancery/ceremony/durable"
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -275,7 +276,7 @@ func (r *run) open() error {
 	if _, err := r.now(); err != nil { // before anything is written
 		return err
 	}
-	if err := os.MkdirAll(r.opts.Dir, 0o755); err != nil {
+	if err := durable.MakeFolder(r.opts.Dir, 0o755); err != nil {
 		return fmt.Errorf("make output folder: %w", err)
 	}
 	if err := checkFresh(r.opts.Dir, r.def); err != nil {
@@ -306,7 +307,7 @@ func checkFresh(dir string, d *Definition) error {
 		return fmt.Errorf("list output folder: %w", err)
 	}
 	for _, e := range entries {
-		if e.Name() != definitionName && e.Name() != partialName(definitionName) && !(e.IsDir() && d.hasKeyFolder(e.Name())) {
+		if e.Name() != definitionName && e.Name() != durable.Partial(definitionName) && !(e.IsDir() && d.hasKeyFolder(e.Name())) {
 			return fmt.Errorf("%s: %w", e.Name(), ErrOutputExists)
 		}
 	}

@@ -40,7 +40,7 @@ func openFolder(dir string) (*Definition, []Record, error) {
 	}
 	records, err := readTranscriptFile(filepath.Join(dir, TranscriptName))
 	switch {
-	case errors.Is(err, errEmpty):
+	case errors.Is(err, errEmpty), errors.Is(err, fs.ErrNotExist) && checkFresh(dir, def) == nil:
 		return nil, nil, ErrNotBegun
 	case err != nil && !errors.Is(err, ErrTorn):
 		return nil, nil, err

@@ -9,11 +9,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"syscall"
 	"time"
 
 	"github.com/gowebpki/jcs"
+
+	"github.com/chancery-ca/chancery/ceremony/durable"
 )
 
 // TranscriptName is the transcript's file name among the outputs.
@@ -225,7 +228,7 @@ func CreateTranscript(path, ceremony string, now func() (time.Time, error)) (*Tr
 		return nil, fmt.Errorf("create transcript: %w", err)
 	}
 	t := &Transcript{ceremony: ceremony, file: f, now: now}
-	if err := errors.Join(t.lock(), syncFolderOf(path)); err != nil {
+	if err := errors.Join(t.lock(), durable.SyncFolder(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return t, nil

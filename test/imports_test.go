@@ -39,11 +39,12 @@ var importRules = map[string][]string{
 	"log/head":       {"hsm", "log/tree"},
 	"log/ct":         {"hsm", "log/tree", "log/head"},
 	"log/rekor":      {"hsm", "log/tree", "log/head"},
-	"ceremony":       {"hsm", "hsm/tpm", "ca/profile", "ceremony/trust"},
+	"ceremony":       {"hsm", "hsm/tpm", "ca/profile", "ceremony/trust", "ceremony/durable"},
 	"ceremony/trust": {"hsm"},
 
-	"ceremony/trust/tuf": {"hsm", "ceremony/trust"},
-	"ceremony/bundle":    {},
+	"ceremony/trust/tuf": {"hsm", "ceremony/trust", "ceremony/durable"},
+	"ceremony/bundle":    {"ceremony/durable"},
+	"ceremony/durable":   {},
 
 	// For tests; TestTestPackages keeps them out of the programs.
 	"ca/identity/oidctest": {},

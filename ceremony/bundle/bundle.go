@@ -45,6 +45,8 @@ import (
 	"time"
 
 	"github.com/tyler-smith/go-bip39"
+
+	"github.com/chancery-ca/chancery/ceremony/durable"
 )
 
 // Errors that callers branch on.
@@ -269,39 +271,12 @@ func (b *Bundle) WriteFile(path string) error {
 	if err != nil {
 		return err
 	}
-	if err := create(path, data); err != nil {
-		return fmt.Errorf("write bundle: %w", err)
-	}
-	if err := syncFolder(filepath.Dir(path)); err != nil {
-		return fmt.Errorf("write bundle: %w", err)
-	}
-	return nil
-}
-
-// create makes a file exclusively and syncs it; on an error it removes what it
-// made.
-func create(path string, content []byte) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(content)
+	err = durable.Create(path, data, 0o644)
 	if err == nil {
-		err = f.Sync()
+		err = durable.SyncFolder(filepath.Dir(path))
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
-}
-
-func syncFolder(dir string) error {
-	d, err := os.Open(dir)
 	if err != nil {
-		return fmt.Errorf("open folder: %w", err)
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
-		return fmt.Errorf("sync folder: %w", err)
+		return fmt.Errorf("write bundle: %w", err)
 	}
 	return nil
 }
@@ -313,34 +288,17 @@ func (b *Bundle) Extract(dir string) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return fmt.Errorf("extract bundle: %w", err)
 	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return fmt.Errorf("extract bundle: %w", err)
-	}
-	defer root.Close()
-	for _, f := range b.Files {
-		if err := extract(root, f); err != nil {
+	for _, f := range b.Files { // their names are no paths
+		if err := durable.Create(filepath.Join(dir, f.Name), f.Content, 0o644); err != nil {
 			return fmt.Errorf("extract %s: %w", f.Name, err)
 		}
 	}
 	for _, d := range []string{dir, filepath.Dir(filepath.Clean(dir))} {
-		if err := syncFolder(d); err != nil {
+		if err := durable.SyncFolder(d); err != nil {
 			return fmt.Errorf("extract bundle: %w", err)
 		}
 	}
 	return nil
-}
-
-func extract(root *os.Root, f File) error {
-	out, err := root.OpenFile(f.Name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = out.Write(f.Content)
-	if err == nil {
-		err = out.Sync()
-	}
-	return errors.Join(err, out.Close())
 }
 
 // Expect is what the receiver knows of the bundle that should come.

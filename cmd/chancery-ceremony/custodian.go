@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/chancery-ca/chancery/ceremony/durable"
 	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
 	"github.com/chancery-ca/chancery/hsm"
 )
@@ -92,12 +92,11 @@ func (f *custodianFlags) tokenURI() string {
 
 // write makes a new file.
 func (f *custodianFlags) write(content []byte) error {
-	out, err := os.OpenFile(f.out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return fmt.Errorf("write result: %w", err)
+	err := durable.Create(f.out, content, 0o644)
+	if err == nil {
+		err = durable.SyncFolder(filepath.Dir(f.out))
 	}
-	_, err = out.Write(content)
-	if err = errors.Join(err, out.Sync(), out.Close()); err != nil {
+	if err != nil {
 		return fmt.Errorf("write result: %w", err)
 	}
 	return nil

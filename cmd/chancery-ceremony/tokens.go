@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/ceremony/durable"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/tpm"
 )
@@ -193,21 +194,8 @@ func loadPIN(path string) ([]byte, error) {
 		return nil, fmt.Errorf("make PIN folder: %w", err)
 	}
 	pin = []byte(rand.Text())
-	if err := writePIN(path, pin); err != nil {
+	if err := durable.Replace(path, pin, 0o400); err != nil { // it may be there, and empty
 		return nil, fmt.Errorf("write PIN file: %w", err)
 	}
 	return pin, nil
-}
-
-// writePIN replaces nothing but a file that a kill left empty.
-func writePIN(path string, pin []byte) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(pin)
-	return errors.Join(err, f.Sync(), f.Close())
 }

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/chancery-ca/chancery/ceremony/durable"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -362,10 +363,10 @@ func (m *Mirror) sign(ctx context.Context, draft *Draft) ([]byte, error) {
 // snapshots of before.
 func (m *Mirror) save(repo *Repository, snapshot, timestamp []byte) error {
 	name := RoleSnapshot.fileName(repo.snapshot.version)
-	if err := replace(filepath.Join(m.cfg.State, name), snapshot); err != nil {
+	if err := durable.Replace(filepath.Join(m.cfg.State, name), snapshot, 0o644); err != nil {
 		return err
 	}
-	if err := replace(filepath.Join(m.cfg.State, TimestampName), timestamp); err != nil {
+	if err := durable.Replace(filepath.Join(m.cfg.State, TimestampName), timestamp, 0o644); err != nil {
 		return err
 	}
 	entries, err := os.ReadDir(m.cfg.State)

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/chancery-ca/chancery/ceremony/durable"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
@@ -313,7 +314,7 @@ func TestMirrorState(t *testing.T) {
 		{"as it was", nil, first, p, false},
 		{"lost", func(t *testing.T, state string) { remove(t, state, "*") }, first, p, true},
 		{"without the snapshot", func(t *testing.T, state string) { remove(t, state, "*.snapshot.json") }, first, p, true},
-		{"a partial file more", func(t *testing.T, state string) { write(t, state, TimestampName+".partial", "{") }, first, p, false},
+		{"a partial file more", func(t *testing.T, state string) { write(t, state, durable.Partial(TimestampName), "{") }, first, p, false},
 		{"torn timestamp", func(t *testing.T, state string) { write(t, state, TimestampName, `{"signatures"`) }, first, p, true},
 		{"empty timestamp", func(t *testing.T, state string) { write(t, state, TimestampName, "") }, first, p, true},
 		{"huge timestamp", func(t *testing.T, state string) { write(t, state, TimestampName, strings.Repeat("x", MaxFile+1)) }, first, p, true},

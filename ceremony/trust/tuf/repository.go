@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -14,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/chancery-ca/chancery/ceremony/durable"
 )
 
 // Repository is a whole repository, verified: every root since the first, the
@@ -333,38 +334,14 @@ func (r *Repository) Write(dir string) error {
 		return fmt.Errorf("make repository: %w", err)
 	}
 	for _, f := range r.Files() {
-		if err := create(filepath.Join(dir, filepath.FromSlash(f.Name)), f.Content); err != nil {
+		if err := durable.Create(filepath.Join(dir, filepath.FromSlash(f.Name)), f.Content, 0o644); err != nil {
 			return fmt.Errorf("write %s: %w", f.Name, err)
 		}
 	}
 	for _, d := range []string{filepath.Join(dir, TargetsFolder), dir, filepath.Dir(filepath.Clean(dir))} {
-		if err := syncFolder(d); err != nil {
+		if err := durable.SyncFolder(d); err != nil {
 			return fmt.Errorf("write repository: %w", err)
 		}
-	}
-	return nil
-}
-
-// create makes a file that does not exist, and syncs it.
-func create(name string, content []byte) error {
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(content)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}
-
-func syncFolder(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("open folder: %w", err)
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
-		return fmt.Errorf("sync folder: %w", err)
 	}
 	return nil
 }
@@ -419,20 +396,4 @@ func readFile(name string) ([]byte, error) {
 		return nil, fmt.Errorf("%s: more than %d octets: %w", filepath.Base(name), MaxFile, ErrFormat)
 	}
 	return data, nil
-}
-
-// replace writes a file so that its name has either the old or the new content
-// at any time, and the new one for good when replace returns.
-func replace(name string, content []byte) error {
-	temp := name + ".partial"
-	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := create(temp, content); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, name); err != nil {
-		return err
-	}
-	return syncFolder(filepath.Dir(name))
 }
