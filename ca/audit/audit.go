@@ -421,9 +421,10 @@ type writer struct {
 	buffer bytes.Buffer
 }
 
-// write gives the records their numbers and links, writes them and syncs.
+// write gives the records their numbers and links, writes them and syncs. A seal
+// begins no file: it is over the line before it, which would be another.
 func (w *writer) write(batch []*entry, cfg Config) error {
-	if w.size >= cfg.MaxFile {
+	if w.size >= cfg.MaxFile && batch[0].record.Type != TypeSeal {
 		if err := w.rotate(cfg); err != nil {
 			return err
 		}

@@ -443,6 +443,21 @@ func TestSeals(t *testing.T) {
 	}
 }
 
+// TestSealOfAFullFile: a seal stands behind the line that it is over, also where
+// the next record begins a file.
+func TestSealOfAFullFile(t *testing.T) {
+	dir := t.TempDir()
+	for range 3 {
+		l := open(t, Config{Dir: dir, MaxFile: 1, Sealer: sealer{}})
+		appendTo(t, l, 1)
+		shut(t, l)
+	}
+	want := []Type{TypeBegin, TypeBegin, TypeAllowed, TypeSeal, TypeBegin, TypeAllowed, TypeSeal, TypeBegin, TypeAllowed, TypeSeal}
+	if d := cmp.Diff(want, types(t, dir)); d != "" {
+		t.Error(d)
+	}
+}
+
 // child appends until it is killed and says what was acknowledged.
 func child(dir string) {
 	l, err := Open(Config{Dir: dir, Now: func() (time.Time, error) { return time.Now(), nil }, MaxFile: 8 << 10})
