@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/whole"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/store"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -69,7 +70,7 @@ type Saved struct {
 // and are proven to contain it. Errors: os.ErrExist, ErrNotProven, ErrDamaged.
 func Backup(ctx context.Context, logs []Log, dir string, now time.Time) (*Manifest, error) {
 	m := &Manifest{Version: manifestVersion, Time: now.UTC().Truncate(time.Second), Files: map[string]hexHash{}}
-	err := newFolder(dir, 0o700, func(tmp string) error {
+	err := whole.Folder(dir, 0o700, func(tmp string) error {
 		anchors := make([]head.AnchorState, len(logs))
 		for i, l := range logs {
 			var err error
@@ -229,7 +230,7 @@ func Restore(ctx context.Context, logs []Log, dir string, p Progress) ([]Status,
 	if err := os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
 		return nil, fmt.Errorf("restore: %w", err)
 	}
-	err = newFolder(target, 0o700, func(tmp string) error {
+	err = whole.Folder(target, 0o700, func(tmp string) error {
 		for name, want := range m.Files {
 			if err := copyFile(filepath.Join(dir, dataName, name), filepath.Join(tmp, name), want); err != nil {
 				return err

@@ -11,8 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/mod/sumdb/tlog"
-	"golang.org/x/sys/unix"
 
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/whole"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/ct"
 	"github.com/chancery-ca/chancery/log/head"
@@ -28,7 +28,7 @@ import (
 // os.ErrExist, ErrNotProven, ErrDamaged.
 func Export(ctx context.Context, logs []Log, dir string, p Progress) ([]Status, error) {
 	var list []Status
-	err := newFolder(dir, 0o755, func(tmp string) error {
+	err := whole.Folder(dir, 0o755, func(tmp string) error {
 		for _, l := range logs {
 			s, err := l.export(ctx, filepath.Join(tmp, filepath.FromSlash(l.Path)), p)
 			if err != nil {
@@ -125,52 +125,6 @@ func writeFile(path string, data []byte, perm os.FileMode) error {
 	_, err = f.Write(data)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
-}
-
-// newFolder makes dir from what fill puts into a temporary folder beside it:
-// dir is whole and durable, or not there. An existing one is refused.
-func newFolder(dir string, perm os.FileMode, fill func(tmp string) error) (err error) {
-	dir = filepath.Clean(dir)
-	if _, err := os.Lstat(dir); err == nil {
-		return fmt.Errorf("%s: %w", dir, os.ErrExist)
-	}
-	tmp, err := os.MkdirTemp(filepath.Dir(dir), "."+filepath.Base(dir)+".part-")
-	if err != nil {
-		return fmt.Errorf("create folder: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.RemoveAll(tmp))
-		}
-	}()
-	if err := fill(tmp); err != nil {
-		return err
-	}
-	if err := os.Chmod(tmp, perm); err != nil {
-		return fmt.Errorf("create folder: %w", err)
-	}
-	if err := syncFileSystem(tmp); err != nil {
-		return err
-	}
-	// Not os.Rename: that would replace an empty folder made meanwhile.
-	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE); err != nil {
-		return fmt.Errorf("create folder %s: %w", dir, err)
-	}
-	return syncFileSystem(filepath.Dir(dir))
-}
-
-// syncFileSystem makes all that was written to the file system of a folder
-// durable: one call for the thousands of files of an export.
-func syncFileSystem(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("sync: %w", err)
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("sync %s: %w", dir, err)
 	}
 	return nil
 }

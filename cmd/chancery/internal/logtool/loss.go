@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/whole"
 	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/store"
 	"github.com/chancery-ca/chancery/log/tree"
@@ -144,7 +145,7 @@ func (l Log) report(file string, s *Status, old, next head.Record, raw []byte, l
 	if err := writeFile(file, append(text, '\n'), 0o600); err != nil {
 		return err
 	}
-	return syncFileSystem(filepath.Dir(file))
+	return whole.Sync(filepath.Dir(file))
 }
 
 func userName() string {
