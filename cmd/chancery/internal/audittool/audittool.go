@@ -1,4 +1,5 @@
-// Package audittool shows the end of an audit, also while a service writes it.
+// Package audittool shows the end of an audit, and copies it, also while a
+// service writes it.
 //
 // Data flows one way: the files, newest first, until enough records pass the
 // filter → those records, oldest first → and, when following, what is appended
@@ -7,7 +8,8 @@
 // It promises to change nothing, to show only complete lines that the writer
 // can have written, and to hold at most one line and the records that were asked
 // for. It does not follow the links: what it shows may have been tampered with,
-// which is for audit.Verify to see.
+// which is for audit.Verify to see. A copy is verified before it is one
+// (backup.go).
 package audittool
 
 import (
@@ -34,6 +36,10 @@ const (
 	// maxOpen is how many allowed certificates are remembered for the record
 	// that says what came of each: more than can be in work at once.
 	maxOpen = 4096
+	// recallTime is how long before the first record of a file a certificate may
+	// have been allowed that the file says was released: much longer than a
+	// request lasts.
+	recallTime = time.Minute
 )
 
 // Filter says which records are shown. What is empty fits everything.
@@ -106,20 +112,72 @@ func Last(dir string, n int, filter Filter) ([]audit.Record, *Tail, error) {
 		}
 		return nil, nil, fmt.Errorf("read audit: no file in %s: %w", dir, audit.ErrNotFound)
 	}
-	newest := &Tail{dir: dir, filter: filter, file: files[len(files)-1]}
-	found, err := newest.newestOf(n)
-	for i := len(files) - 2; i >= 0 && len(found) < n && err == nil; i-- {
-		before := &Tail{filter: filter, file: files[i]}
+	newest := &Tail{dir: dir, filter: filter}
+	found, err := newest.newestOf(n, files)
+	for i := len(files) - 1; i > 0 && len(found) < n && err == nil; i-- {
+		before := &Tail{filter: filter}
 		var more []audit.Record
-		more, err = before.newestOf(n - len(found))
+		more, err = before.newestOf(n-len(found), files[:i])
 		found = append(more, found...)
 	}
 	return found, newest, err
 }
 
-// newestOf reads the file to its end and keeps the last n records that fit.
-func (t *Tail) newestOf(n int) ([]audit.Record, error) {
+// recall reads the end of files, of which t's comes next, for the certificates
+// that they allowed and t's file may say were released.
+func (t *Tail) recall(next string, files []string) error {
+	if t.filter.Identity == "" && t.filter.Issuer == "" || len(files) == 0 {
+		return nil
+	}
+	begun, err := firstTime(next)
+	if err != nil {
+		return err
+	}
+	from := len(files) - 1
+	for ; from > 0 && !begun.IsZero(); from-- {
+		at, err := firstTime(files[from])
+		if err != nil {
+			return err
+		}
+		if at.Before(begun.Add(-recallTime)) {
+			break
+		}
+	}
+	for _, t.file = range files[from:] {
+		t.offset = 0
+		if err := t.read(func(audit.Record) error { return nil }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// firstTime is the time of a file's first record; it is zero while that is
+// being written.
+func firstTime(file string) (at time.Time, err error) {
+	first := &Tail{file: file}
+	err = first.read(func(r audit.Record) error {
+		at = r.Time
+		return errStop
+	})
+	if errors.Is(err, errStop) {
+		err = nil
+	}
+	return at, err
+}
+
+// errStop ends a reading.
+var errStop = errors.New("read enough")
+
+// newestOf reads the last of files to its end and keeps the last n records that
+// fit.
+func (t *Tail) newestOf(n int, files []string) ([]audit.Record, error) {
+	last := len(files) - 1
+	if err := t.recall(files[last], files[:last]); err != nil {
+		return nil, err
+	}
 	var found []audit.Record
+	t.file, t.offset = files[last], 0
 	err := t.read(func(r audit.Record) error {
 		found = append(found, r)
 		if len(found) >= 2*n+64 { // seldom, so that moving them costs little

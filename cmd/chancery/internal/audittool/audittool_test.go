@@ -19,12 +19,18 @@ var noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 // begin makes an audit whose files hold only a few records each.
 func begin(t *testing.T) (dir string, l *audit.Log) {
 	t.Helper()
+	return beginWith(t, 1<<10)
+}
+
+// beginWith makes one whose files end after so many octets.
+func beginWith(t *testing.T, maxFile int64) (dir string, l *audit.Log) {
+	t.Helper()
 	dir = t.TempDir()
 	now := func() (time.Time, error) { return noon, nil }
 	if err := audit.Create(dir, now); err != nil {
 		t.Fatal(err)
 	}
-	l, err := audit.Open(audit.Config{Dir: dir, Now: now, MaxFile: 1 << 10})
+	l, err := audit.Open(audit.Config{Dir: dir, Now: now, MaxFile: maxFile})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,6 +136,51 @@ func TestFollow(t *testing.T) {
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
+	}
+}
+
+// TestNewFileBetween: a certificate that was allowed in one file and released in
+// another is shown with both, read and followed.
+func TestNewFileBetween(t *testing.T) {
+	dir, l := beginWith(t, 1) // a file for each record
+	alice, bob := Filter{Identity: "alice@example.com"}, Filter{Issuer: "https://idp.example", Type: audit.TypeIssued}
+	var want, wantIssued []string
+	for i := range 8 {
+		a, b := issue(fmt.Sprint("a", i), "alice@example.com"), issue(fmt.Sprint("b", i), "bob@example.com")
+		write(t, l, a[0], b[0], b[1], a[1])
+		want = append(want, names(a)...)
+		wantIssued = append(wantIssued, names([]audit.Record{b[1], a[1]})...)
+	}
+	open := issue("late", "alice@example.com")
+	write(t, l, open[0])
+	want = append(want, "allowed late")
+	write(t, l, audit.Record{Type: audit.TypeRefused, Reason: "no"})
+	if files, err := audit.Files(dir); err != nil || len(files) < 30 {
+		t.Fatalf("%d files, %v: this would show nothing", len(files), err)
+	}
+	for _, n := range []int{1, 2, 3, 7, 100} {
+		got, _, err := Last(dir, n, alice)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(want[max(0, len(want)-n):], names(got)); d != "" {
+			t.Errorf("the newest %d: %s", n, d)
+		}
+	}
+	got, tail, err := Last(dir, 100, bob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(wantIssued, names(got)); d != "" {
+		t.Error(d)
+	}
+	write(t, l, open[1])
+	var followed []string
+	if err := tail.next(func(r audit.Record) error { followed = append(followed, names([]audit.Record{r})...); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"issued late"}, followed); d != "" {
+		t.Errorf("followed: %s", d)
 	}
 }
 
