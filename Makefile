@@ -12,6 +12,11 @@ SIGSTORE_PY := $(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/sigstore
 SIGSTORE_JS := $(BIN)/sigstore-js/node_modules
 LINT_V      := v2.15.0
 LINT        := $(BIN)/golangci-lint-$(LINT_V)
+FULCIO_V    := v1.8.8
+CTGO_V      := v1.4.0
+TRILLIAN_V  := v1.8.0
+PEER        := $(BIN)/peer-fulcio-$(FULCIO_V)-ctfe-$(CTGO_V)-trillian-$(TRILLIAN_V)
+PEERTIME    ?= 10
 BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
 FUZZ        ?=
@@ -23,7 +28,7 @@ PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkc
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps demo test test-clients lint bench bench-growth torture torture-hsm fuzz clean
+.PHONY: help build deps demo test test-clients lint bench bench-peer bench-growth torture torture-hsm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +80,18 @@ lint: deps $(LINT) ## vet and lint
 
 bench: deps ## measure the whole path and its parts; prints ratios within one run
 	CHANCERY_REQUIRE_HSM=1 $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./test ./hsm/... ./log/... ./test/growth
+
+$(PEER):
+	rm -rf $(BIN)/tmp-peer
+	GOBIN=$(abspath $(BIN)/tmp-peer) CGO_ENABLED=1 $(GO) install github.com/sigstore/fulcio@$(FULCIO_V)
+	GOBIN=$(abspath $(BIN)/tmp-peer) $(GO) install github.com/google/certificate-transparency-go/trillian/ctfe/ct_server@$(CTGO_V)
+	GOBIN=$(abspath $(BIN)/tmp-peer) $(GO) install $(foreach p,log_server log_signer,github.com/google/trillian/cmd/trillian_$(p)@$(TRILLIAN_V)) github.com/google/trillian/cmd/createtree@$(TRILLIAN_V)
+	mv $(BIN)/tmp-peer $@
+
+bench-peer: deps $(PEER) ## measure beside Fulcio, CTFE and Trillian, in turns of PEERTIME seconds; prints ratios
+	@$(MAKE) --no-print-directory deps PACKAGES="mariadb-server-core mariadb-client-core"
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_PEER=$(abspath $(PEER)) CHANCERY_PEER_SECONDS=$(PEERTIME) \
+	  $(GO) test -count=1 -run '^TestPeer$$' -timeout 1h -v ./test
 
 bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf costs
 	GOMEMLIMIT=80MiB CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -59,7 +60,7 @@ func BenchmarkPath(b *testing.B) {
 		request := func(int64) (string, []byte) { return "/api/v2/signingCert", body }
 		for _, clients := range []int{1, 8, 32} {
 			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
-				rate := load{d, shim, clients, http.StatusOK, request}.run(b)
+				rate := load{d.target(), shim, clients, http.StatusOK, request}.run(b)
 				if raw > 0 {
 					b.ReportMetric(100*rate*3/raw, "token%")
 				}
@@ -81,7 +82,7 @@ func BenchmarkPath(b *testing.B) {
 		request := func(int64) (string, []byte) { return "/api/v2/signingCert", body }
 		for _, clients := range []int{1, 32, 64} {
 			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
-				rate := load{d, shim, clients, http.StatusOK, request}.run(b)
+				rate := load{d.target(), shim, clients, http.StatusOK, request}.run(b)
 				if slow > 0 {
 					b.ReportMetric(100*rate*3/slow, "token%")
 				}
@@ -93,7 +94,7 @@ func BenchmarkPath(b *testing.B) {
 			b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
 				entries := makeEntries(b, d, b.N)
 				request := func(i int64) (string, []byte) { return "/api/v2/log/entries", entries[i] }
-				load{d, shim, clients, http.StatusCreated, request}.run(b)
+				load{d.target(), shim, clients, http.StatusCreated, request}.run(b)
 			})
 		}
 	})
@@ -164,9 +165,20 @@ func useModule(t testing.TB, dir, module string) {
 	}
 }
 
+// target is a service under load.
+type target struct {
+	url string
+	tls *tls.Config          // nil of a service that speaks plain HTTP
+	cpu func() time.Duration // processor time of all its processes
+}
+
+func (d *demo) target() target {
+	return target{d.url, d.tlsConfig(), func() time.Duration { return processTime(d.t, d.cmd.Process.Pid) }}
+}
+
 // load is one kind of request from a number of clients.
 type load struct {
-	d       *demo
+	at      target
 	shim    *hsmtest.Shim
 	clients int
 	status  int
@@ -176,32 +188,53 @@ type load struct {
 // run makes b.N requests and returns how many were answered in a second.
 func (l load) run(b *testing.B) float64 {
 	b.Helper()
-	// A connection for each client, as separate machines would have.
-	clients := make([]*http.Client, l.clients)
-	for i := range clients {
-		clients[i] = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: l.d.tlsConfig(), ForceAttemptHTTP2: true}}
-		if err := call(clients[i], http.MethodGet, l.d.url+"/healthz", nil, http.StatusOK); err != nil {
-			b.Fatal(err)
-		}
-		defer clients[i].CloseIdleConnections()
+	clients := l.connect(b)
+	defer clients.close()
+	cpu, signs := l.at.cpu(), l.shim.Signs()
+	b.ResetTimer()
+	times := l.send(b, clients, b.N)
+	b.StopTimer()
+	b.ReportMetric(float64((l.at.cpu()-cpu).Microseconds())/float64(b.N), "cpu-us")
+	b.ReportMetric(float64(l.shim.Signs()-signs)/float64(b.N), "sigs")
+	return report(b, times, b.Elapsed())
+}
+
+// clients have a connection each, as separate machines would.
+type clients []*http.Client
+
+func (c clients) close() {
+	for _, client := range c {
+		client.CloseIdleConnections()
 	}
+}
+
+// connect opens the connections of l's clients.
+func (l load) connect(t testing.TB) clients {
+	t.Helper()
+	all := make(clients, l.clients)
+	for i := range all {
+		all[i] = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: l.at.tls, ForceAttemptHTTP2: true}}
+		if err := call(all[i], http.MethodGet, l.at.url+"/healthz", nil, http.StatusOK); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return all
+}
+
+// send makes n requests over open connections and returns how long each took.
+func (l load) send(t testing.TB, all clients, n int) []time.Duration {
+	t.Helper()
 	var next atomic.Int64
-	free := make(chan *http.Client, l.clients)
-	for _, c := range clients {
+	free := make(chan *http.Client, len(all))
+	for _, c := range all {
 		free <- c
 	}
-	cpu, signs := l.d.cpu(), l.shim.Signs()
-	b.ResetTimer()
-	times := spread(b.N, l.clients, func(int64) error {
+	return spread(n, len(all), func(int64) error {
 		c := <-free
 		defer func() { free <- c }()
 		path, body := l.request(next.Add(1) - 1)
-		return call(c, http.MethodPost, l.d.url+path, body, l.status)
-	}, b.Errorf)
-	b.StopTimer()
-	b.ReportMetric(float64((l.d.cpu()-cpu).Microseconds())/float64(b.N), "cpu-us")
-	b.ReportMetric(float64(l.shim.Signs()-signs)/float64(b.N), "sigs")
-	return report(b, times, b.Elapsed())
+		return call(c, http.MethodPost, l.at.url+path, body, l.status)
+	}, t.Errorf)
 }
 
 func call(c *http.Client, method, url string, body []byte, status int) error {
@@ -295,19 +328,19 @@ func makeEntries(b *testing.B, d *demo, n int) [][]byte {
 	return entries
 }
 
-// cpu is the processor time that the demo's process has used, from
+// processTime is the processor time that a process has used, from
 // /proc/PID/stat in ticks of 10 ms (proc(5)).
-func (d *demo) cpu() time.Duration {
-	d.t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.cmd.Process.Pid))
+func processTime(t testing.TB, pid int) time.Duration {
+	t.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		d.t.Fatal(err)
+		t.Fatal(err)
 	}
 	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
 	user, err1 := strconv.Atoi(fields[11])
 	system, err2 := strconv.Atoi(fields[12])
 	if err1 != nil || err2 != nil {
-		d.t.Fatalf("read CPU time of the demo: %v, %v", err1, err2)
+		t.Fatalf("read CPU time of process %d: %v, %v", pid, err1, err2)
 	}
 	return time.Duration(user+system) * 10 * time.Millisecond
 }
