@@ -20,12 +20,13 @@ import (
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/audittool"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/hsmtool"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
+	"github.com/chancery-ca/chancery/config"
 )
 
 func newAudit() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "audit",
-		Short: "Verify and read the record of every decision",
+		Short: "Verify, read and copy the record of every decision",
 		Long: "Work on the audit's files, without a token and without a PIN, also beside the\n" +
 			"running service. Run it as the service's user.",
 		Args: cobra.ArbitraryArgs,
@@ -36,7 +37,7 @@ func newAudit() *cobra.Command {
 			return cmd.Help()
 		},
 	}
-	cmd.AddCommand(newAuditVerify(), newAuditTail())
+	cmd.AddCommand(newAuditVerify(), newAuditTail(), newAuditBackup())
 	return cmd
 }
 
@@ -45,6 +46,8 @@ func auditHint(err error) error {
 	switch {
 	case errors.Is(err, os.ErrPermission):
 		return hint(err, "run it as the service's user")
+	case errors.Is(err, os.ErrExist):
+		return hint(err, "nothing is overwritten; name a new folder")
 	case errors.Is(err, audit.ErrNotFound):
 		return hint(err, "a new service begins its audit once: chancery init --config FILE")
 	case errors.Is(err, audit.ErrDamaged):
@@ -54,7 +57,7 @@ func auditHint(err error) error {
 }
 
 func newAuditVerify() *cobra.Command {
-	var path string
+	var path, dir string
 	var seals []string
 	var output outputFlag
 	cmd := &cobra.Command{
@@ -66,6 +69,7 @@ func newAuditVerify() *cobra.Command {
 			"Who can write to the disk can take away the end of the audit together with its\n" +
 			"seals. Keep seals (lines of STATE/audit/seals.jsonl) elsewhere and name them with\n" +
 			"--seal: what one of them covers must be there.\n\n" +
+			"--dir verifies a copy in place of the service's own audit.\n\n" +
 			"Exit status: 0 whole, 1 damaged.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -76,25 +80,77 @@ func newAuditVerify() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			shown := &recordCount{w: onTerminal(cmd.ErrOrStderr())}
-			seen := auditSummary{Outside: len(seals)}
-			report, err := service.VerifyAudit(cfg, seals, func(r audit.Record) error {
-				shown.add()
-				seen.add(r)
-				return cmd.Context().Err()
-			})
-			shown.clear()
+			if dir == "" {
+				dir = service.AuditDir(cfg)
+			}
+			seen, err := verifyAudit(cmd, cfg, dir, seals)
 			if err != nil {
 				return auditHint(err)
-			}
-			if err := seen.finish(report); err != nil {
-				return err
 			}
 			return output.print(cmd.OutOrStdout(), seen, func(p *printer) { p.auditSummary(seen) })
 		},
 	}
 	addConfigFlag(cmd, &path)
 	cmd.Flags().StringArrayVar(&seals, "seal", nil, "`file` of seals that were kept elsewhere; may be given again")
+	cmd.Flags().StringVar(&dir, "dir", "", "`folder` of a copy (default: STATE/audit)")
+	output.add(cmd)
+	return cmd
+}
+
+// verifyAudit verifies the audit in dir and says what is in it; on a terminal
+// it counts the records meanwhile.
+func verifyAudit(cmd *cobra.Command, cfg *config.Config, dir string, seals []string) (auditSummary, error) {
+	shown := &recordCount{w: onTerminal(cmd.ErrOrStderr())}
+	defer shown.clear()
+	seen := auditSummary{Outside: len(seals)}
+	report, err := service.VerifyAudit(cfg, dir, seals, func(r audit.Record) error {
+		shown.add()
+		seen.add(r)
+		return cmd.Context().Err()
+	})
+	if err != nil {
+		return seen, err
+	}
+	return seen, seen.finish(report)
+}
+
+func newAuditBackup() *cobra.Command {
+	var path string
+	var output outputFlag
+	cmd := &cobra.Command{
+		Use:   "backup --config FILE DIR",
+		Short: "Copy the audit into a new folder while the service runs",
+		Long: "Copy the audit's files and seals into a new folder, up to a line that was\n" +
+			"complete, and verify the copy as chancery audit verify does. To copy the logs\n" +
+			"too, run chancery log backup first: the audit then has every certificate that the\n" +
+			"copied CT log has.\n\n" +
+			"The copy is an audit: with the service stopped and STATE/audit away, put it there\n" +
+			"under that name. What came after the copy is then missing, as a seal that is\n" +
+			"younger and was kept elsewhere shows.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := output.check(cmd); err != nil {
+				return err
+			}
+			cfg, err := loadAuthority(path)
+			if err != nil {
+				return err
+			}
+			var seen auditSummary
+			err = audittool.Backup(service.AuditDir(cfg), args[0], func(dir string) (err error) {
+				seen, err = verifyAudit(cmd, cfg, dir, nil)
+				return err
+			})
+			if err != nil {
+				return auditHint(err)
+			}
+			return output.print(cmd.OutOrStdout(), seen, func(p *printer) {
+				p.row("copy", args[0])
+				p.auditSummary(seen)
+			})
+		},
+	}
+	addConfigFlag(cmd, &path)
 	output.add(cmd)
 	return cmd
 }

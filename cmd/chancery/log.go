@@ -315,7 +315,8 @@ func newLogBackup() *cobra.Command {
 		Short: "Copy the logs into a new folder while the service runs",
 		Long: "Copy the logs' databases, each as of one root, into a new folder, and prove that\n" +
 			"each copy holds the head that was anchored when the command began. The anchors\n" +
-			"are not copied: an old one would let a log sign a second history.",
+			"are not copied: an old one would let a log sign a second history. The audit has a\n" +
+			"backup of its own, best made after this one: chancery audit backup.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			logs, err := f.find()

@@ -19,8 +19,8 @@ import (
 // and every seal that stands in its seals.jsonl is of a record that it has. It
 // is whole and durable, or not there. Errors: os.ErrExist, audit.ErrNotFound,
 // and verify's.
-func Backup(dir, to string, verify func(dir string) (audit.Report, error)) (report audit.Report, err error) {
-	err = whole.Folder(to, 0o700, func(tmp string) error {
+func Backup(dir, to string, verify func(dir string) error) error {
+	return whole.Folder(to, 0o700, func(tmp string) error {
 		// The seals first: each stands in the audit before it stands there.
 		if err := copyLines(filepath.Join(dir, audit.SealsName), filepath.Join(tmp, audit.SealsName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -37,12 +37,11 @@ func Backup(dir, to string, verify func(dir string) (audit.Report, error)) (repo
 				return err
 			}
 		}
-		if report, err = verify(tmp); err != nil {
+		if err := verify(tmp); err != nil {
 			return fmt.Errorf("back up audit: %w", err)
 		}
 		return nil
 	})
-	return report, err
 }
 
 // copyLines copies the complete lines that a growing file has.

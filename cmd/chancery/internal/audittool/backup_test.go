@@ -41,6 +41,15 @@ func verifyAt(dir string) (audit.Report, error) {
 	return audit.Verify(dir, checkStamp, seals, nil)
 }
 
+// backup copies an audit and returns what verifying the copy found.
+func backup(dir, to string) (report audit.Report, err error) {
+	err = Backup(dir, to, func(dir string) (err error) {
+		report, err = verifyAt(dir)
+		return err
+	})
+	return report, err
+}
+
 // TestBackupBesideTheWriter: copies that are made while records, new files and
 // seals come are audits each, and the last has all.
 func TestBackupBesideTheWriter(t *testing.T) {
@@ -73,7 +82,7 @@ func TestBackupBesideTheWriter(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after %d copies %+v: this would show nothing", rounds, last)
 		}
-		got, err := Backup(dir, filepath.Join(parent, fmt.Sprint(rounds)), verifyAt)
+		got, err := backup(dir, filepath.Join(parent, fmt.Sprint(rounds)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -92,7 +101,7 @@ func TestBackupBesideTheWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	saved := filepath.Join(parent, "saved")
-	if got, err := Backup(dir, saved, verifyAt); err != nil || got != want {
+	if got, err := backup(dir, saved); err != nil || got != want {
 		t.Errorf("the copy has %+v, %v; the audit %+v", got, err, want)
 	}
 
@@ -116,26 +125,27 @@ func TestBackupRefusals(t *testing.T) {
 	parent := t.TempDir()
 	to := filepath.Join(parent, "saved")
 	refused := errors.New("refused")
+	sound := func(string) error { return nil }
 	for name, test := range map[string]struct {
 		dir    string
-		verify func(string) (audit.Report, error)
+		verify func(string) error
 		want   error
 	}{
-		"no audit":                      {t.TempDir(), verifyAt, audit.ErrNotFound},
-		"a copy that does not verify":   {dir, func(string) (audit.Report, error) { return audit.Report{}, refused }, refused},
-		"a line that no writer can end": {endless(t), verifyAt, audit.ErrDamaged},
+		"no audit":                      {t.TempDir(), sound, audit.ErrNotFound},
+		"a copy that does not verify":   {dir, func(string) error { return refused }, refused},
+		"a line that no writer can end": {endless(t), sound, audit.ErrDamaged},
 	} {
-		if _, err := Backup(test.dir, to, test.verify); !errors.Is(err, test.want) {
+		if err := Backup(test.dir, to, test.verify); !errors.Is(err, test.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if left, err := os.ReadDir(parent); err != nil || len(left) != 0 {
 			t.Errorf("%s: left %v, %v", name, left, err)
 		}
 	}
-	if _, err := Backup(dir, to, verifyAt); err != nil {
+	if _, err := backup(dir, to); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Backup(dir, to, verifyAt); !errors.Is(err, os.ErrExist) {
+	if _, err := backup(dir, to); !errors.Is(err, os.ErrExist) {
 		t.Errorf("over another: %v", err)
 	}
 }

@@ -45,17 +45,17 @@ func (s sealer) Timestamp(ctx context.Context, digest [sha256.Size]byte) ([]byte
 	return s.authority.Timestamp(ctx, &tsa.Request{Hash: crypto.SHA256, Digest: digest[:], Certificates: true})
 }
 
-// VerifyAudit follows the whole audit of a configuration, also beside a running
-// service, verifies every seal with the ceremony's TSA chain, and gives each
-// record to visit. seals names files of seals that were kept elsewhere, beside
-// the audit's own; a record that one covers must be there. Errors:
-// audit.ErrDamaged.
-func VerifyAudit(cfg *config.Config, seals []string, visit func(audit.Record) error) (audit.Report, error) {
+// VerifyAudit follows the whole audit in dir, that of a configuration or a copy of
+// it, also beside a running service, verifies every seal with the ceremony's TSA
+// chain, and gives each record to visit. seals names files of seals that were
+// kept elsewhere, beside the audit's own; a record that one covers must be
+// there. Errors: audit.ErrDamaged.
+func VerifyAudit(cfg *config.Config, dir string, seals []string, visit func(audit.Record) error) (audit.Report, error) {
 	chain, err := readChain(filepath.Join(cfg.Trust, "tsa-chain.pem"))
 	if err != nil {
 		return audit.Report{}, err
 	}
-	own := filepath.Join(AuditDir(cfg), audit.SealsName)
+	own := filepath.Join(dir, audit.SealsName)
 	if _, err := os.Stat(own); err == nil {
 		seals = append([]string{own}, seals...)
 	}
@@ -71,7 +71,7 @@ func VerifyAudit(cfg *config.Config, seals []string, visit func(audit.Record) er
 		}
 		kept = append(kept, more...)
 	}
-	return audit.Verify(AuditDir(cfg), func(seal, line []byte) error { return checkSeal(chain, seal, line) }, kept, visit)
+	return audit.Verify(dir, func(seal, line []byte) error { return checkSeal(chain, seal, line) }, kept, visit)
 }
 
 // checkSeal verifies a timestamp of a line with the TSA's chain, leaf first.
