@@ -154,7 +154,40 @@ func (r *run) custodians(ctx context.Context, s Step) error {
 			return err
 		}
 	}
+	if err := r.facts.checkSuccession(); err != nil { // before it is on record
+		return err
+	}
 	return r.record(s, Done, data)
+}
+
+// checkSuccession wants keys with which the next root can be signed: enough
+// custodians of the root in force are among the signers, and those who leave it
+// have a say in it and none in the next (TUF 1.0.31, Section 6.1). Without it
+// the want of a signature would show when people have gone home.
+func (f *facts) checkSuccession() error {
+	old := f.before.tufRoot()
+	if old == nil {
+		if len(f.def.TUF.Leaving) > 0 {
+			return fmt.Errorf("custodians leave, and there is no TUF repository before: %w", ErrCustodians)
+		}
+		return nil
+	}
+	n := 0
+	for _, c := range f.def.TUF.signers() {
+		key := f.tuf.keys[c.ID]
+		inForce := slices.ContainsFunc(old.Layout.Custodians, func(k *ecdsa.PublicKey) bool { return k.Equal(key) })
+		stays := slices.ContainsFunc(f.def.TUF.Custodians, func(other TUFSigner) bool { return f.tuf.keys[other.ID].Equal(key) })
+		if inForce {
+			n++
+		}
+		if f.def.TUF.isLeaving(c.ID) && (!inForce || stays) {
+			return fmt.Errorf("custodian %s cannot leave: in root %d %t, in the next %t: %w", c.ID, old.Version, inForce, stays, ErrCustodians)
+		}
+	}
+	if n < old.Layout.Threshold {
+		return fmt.Errorf("%d of the custodians of root %d sign, it takes %d: %w", n, old.Version, old.Layout.Threshold, ErrCustodians)
+	}
+	return nil
 }
 
 // custodianPublic takes the public key from the custodian's token, or asks for
@@ -257,6 +290,9 @@ func (f *facts) takeCustodians(rec *Record, _ Step) error {
 			if d.Custodians[i] != c.ID {
 				return bad(rec, "not the custodians of the definition")
 			}
+		}
+		if err := f.checkSuccession(); err != nil {
+			return bad(rec, "%w", err)
 		}
 		return nil
 	}
@@ -462,16 +498,21 @@ func (r *run) custodianSignatures(ctx context.Context, s Step, c TUFSigner) (tuf
 		b, err := targets.Sign(ctx, key)
 		return tufData{Root: a.Sig, Targets: b.Sig}, err
 	}
+	facts := append([]Fact{{"files", filepath.Join(r.opts.Dir, draftsFolder)}}, hashFact("root", root.Digest())...)
 	q := Question{
 		ID: s.ID + ":" + c.ID, Title: "Custodian " + c.ID + " signs the TUF root and targets with their own token.",
-		Why: "Without enough custodians' signatures no client follows this trust root.",
-		Facts: append([]Fact{{"files", filepath.Join(r.opts.Dir, draftsFolder)}},
-			append(hashFact("root", root.Digest()), hashFact("targets", targets.Digest())...)...),
+		Why:    "Without enough custodians' signatures no client follows this trust root.",
+		Facts:  append(facts, hashFact("targets", targets.Digest())...),
 		Prompt: "Path of the two signatures, or: " + later,
 		Check: func(answer string) error {
 			_, err := r.facts.parseTUFSignatures(c.ID, answer)
 			return err
 		},
+	}
+	if r.def.TUF.isLeaving(c.ID) {
+		q.Title = "Custodian " + c.ID + " leaves, and signs the next TUF root for the last time."
+		q.Why = "Clients follow from one root to the next by the signatures of those whom they know."
+		q.Facts, q.Prompt = facts, "Path of the signature, or: "+later
 	}
 	if practice := practiceCustodian(r.def.Hash(), c.ID); r.def.Environment == Rehearsal && practice.PublicKey.Equal(r.facts.tuf.keys[c.ID]) {
 		drafts := []*tuf.Draft{root, targets}

@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -439,6 +440,97 @@ func TestRotateTUF(t *testing.T) {
 	}
 	if err := repository.Expired(l.now); err != nil {
 		t.Error(err)
+	}
+}
+
+// Custodians leave with their own signature, brought as a file: the root in force
+// needs its threshold too. What could never be signed is refused before anybody
+// signs.
+func TestLeavingCustodians(t *testing.T) {
+	l := begin(t, custodiansOf("c1", "c2"))
+	l.now = l.now.AddDate(0, 1, 0)
+	attempts := 0
+	leaving := func(next []string, ids ...string) string { // the token keeps each attempt's key
+		attempts++
+		return strings.ReplaceAll(newIntermediate, "inter-g2", fmt.Sprintf("inter-a%d", attempts)) + custodiansOf(next...) + "  leaving:\n" + custodianLines(ids...)
+	}
+	for _, tc := range []struct {
+		name, rest, want string
+	}{
+		{"one of the old is missing", leaving([]string{"c3", "c4"}, "c1"), "1 of the custodians of root 1 sign, it takes 2"},
+		{"one leaves who never was", leaving([]string{"c1", "c2"}, "c3"), "custodian c3 cannot leave: in root 1 false"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			opts := l.options()
+			err := l.run(l.definition("rotate-1", Rotate, tc.rest), opts)
+			if !errors.Is(err, ErrCustodians) || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v, want %q", err, tc.want)
+			}
+			// It is not on record, so the ceremony is sound and can be ended.
+			state, err := ReadStatus(opts.Dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if step := state.Steps[state.Done].Kind; step != StepCustodians {
+				t.Errorf("it stands at %s, want %s", step, StepCustodians)
+			}
+		})
+	}
+
+	// c1 signs elsewhere.
+	source := l.definition("rotate-1", Rotate, leaving([]string{"c3", "c4"}, "c1", "c2"))
+	opts := l.options()
+	away := l.custody["c1"]
+	der, err := x509.MarshalPKIXPublicKey(away.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	delete(l.custody, "c1")
+	opts.People = &Prepared{Next: Practice{}, Answers: map[string]string{
+		"custodians:c1": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})), "tuf:c1": later,
+	}}
+	if err := l.run(source, opts); !errors.Is(err, ErrCustodians) || !strings.Contains(err.Error(), "1 of 2 signatures of the custodians of root 1") {
+		t.Fatalf("without c1: error %v, want ErrCustodians", err)
+	}
+	repository, err := tuf.Load(filepath.Join(l.last.Dir, "tuf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature := func(name string, parse func([]byte) (*tuf.Draft, error)) string {
+		t.Helper()
+		draft, err := parse(contentOf(t, filepath.Join(opts.Dir, draftsFolder, name)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sig, err := draft.Sign(t.Context(), away)
+		if err != nil {
+			t.Fatal(err)
+		}
+		line, err := sig.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(line)
+	}
+	last := signature("2.root.json", func(data []byte) (*tuf.Draft, error) { return tuf.ReadRootDraft(data, repository.Root()) })
+	opts.Resume = true
+	for _, answer := range []string{last + last, "{}", "/nowhere"} {
+		opts.People = &Prepared{Next: Practice{}, Answers: map[string]string{"tuf:c1": strings.TrimSuffix(answer, "\n")}}
+		if err := l.run(source, opts); !errors.Is(err, ErrAnswer) {
+			t.Errorf("answer %.20q: error %v, want ErrAnswer", answer, err)
+		}
+	}
+	opts.People = &Prepared{Next: Practice{}, Answers: map[string]string{"tuf:c1": strings.TrimSuffix(last, "\n")}}
+	if err := l.run(source, opts); err != nil {
+		t.Fatal(err)
+	}
+	if repository, err = tuf.Load(filepath.Join(l.last.Dir, "tuf")); err != nil {
+		t.Fatal(err)
+	}
+	for i, id := range []string{"c3", "c4"} {
+		if !slices.ContainsFunc(repository.Root().Layout.Custodians, func(k *ecdsa.PublicKey) bool { return k.Equal(l.custody[id].Public()) }) {
+			t.Errorf("custodian %d is not in root 2", i)
+		}
 	}
 }
 

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
@@ -22,6 +24,7 @@ import (
 var (
 	errDrafts    = errors.New("not a folder of drafts")
 	errCustodian = errors.New("the token has no key that may sign this")
+	errInForce   = errors.New("the root in force is needed")
 )
 
 func newCustodian() *cobra.Command {
@@ -151,7 +154,12 @@ func newCustodianSign() *cobra.Command {
 		Long: `sign shows what the drafts in FOLDER (of the ceremony's outputs: custodians/)
 say, and signs them with your key. Compare the words of both with those that are
 read aloud before you type your PIN. The file with your signatures goes back to
-the ceremony.`,
+the ceremony.
+
+A root that follows another needs --previous, the root in force (tuf/N.root.json
+of the outputs before, or the one that your clients have): enough of its
+custodians and enough of the new must sign. If your key is in the old one alone
+you leave: it signs the new root for the last time, and nothing else.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			d, err := readDrafts(args[0], previous)
@@ -165,7 +173,13 @@ the ceremony.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, tok.Close()) }()
-			content, err := d.sign(cmd.Context(), tok, f.uri)
+			key, err := d.key(cmd.Context(), tok, f.uri)
+			if err != nil {
+				return err
+			}
+			part, what := d.part(key.Public())
+			c.field("Your key", what)
+			content, err := sign(cmd.Context(), key, part)
 			if err != nil {
 				return err
 			}
@@ -183,23 +197,14 @@ the ceremony.`,
 
 // drafts are what a custodian signs.
 type drafts struct {
-	layout        tuf.Layout
-	old           *tuf.Root // in force, or nil
+	next          *tuf.Root // what root says
+	inForce       *tuf.Root // the root before it, or nil
 	root, targets *tuf.Draft
 }
 
-// readDrafts reads the one root and the one targets file of a folder.
+// readDrafts reads the one root and the one targets file of a folder, and the
+// root in force if there is one.
 func readDrafts(folder, previous string) (*drafts, error) {
-	var d drafts
-	if previous != "" {
-		data, err := readFile(previous, tuf.MaxFile)
-		if err != nil {
-			return nil, fmt.Errorf("read root in force: %w", err)
-		}
-		if d.old, err = tuf.ParseRoot(data); err != nil {
-			return nil, err
-		}
-	}
 	rootData, err := only(folder, "*.root.json")
 	if err != nil {
 		return nil, err
@@ -208,15 +213,26 @@ func readDrafts(folder, previous string) (*drafts, error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.root, err = tuf.ReadRootDraft(rootData, d.old); err != nil {
+	var d drafts
+	if d.next, err = tuf.ParseRoot(rootData); err != nil {
 		return nil, err
 	}
-	root, err := tuf.ParseRoot(rootData)
-	if err != nil {
+	if d.next.Version > 1 && previous == "" {
+		return nil, fmt.Errorf("root %d follows another: %w", d.next.Version, errInForce)
+	}
+	if previous != "" {
+		data, err := readFile(previous, tuf.MaxFile)
+		if err != nil {
+			return nil, fmt.Errorf("read root in force: %w", err)
+		}
+		if d.inForce, err = tuf.ParseRoot(data); err != nil {
+			return nil, fmt.Errorf("read root in force: %w", err)
+		}
+	}
+	if d.root, err = tuf.ReadRootDraft(rootData, d.inForce); err != nil {
 		return nil, err
 	}
-	d.layout = root.Layout
-	d.targets, err = tuf.ReadTargetsDraft(targetsData, root)
+	d.targets, err = tuf.ReadTargetsDraft(targetsData, d.next)
 	return &d, err
 }
 
@@ -231,26 +247,48 @@ func only(folder, pattern string) ([]byte, error) {
 
 // show prints what would be signed.
 func (d *drafts) show(p *printer) {
+	layout := d.next.Layout
 	p.field("Root", fmt.Sprintf("version %d, until %s", d.root.Version(), d.root.Expires().Format(time.DateOnly)))
-	p.field("", fmt.Sprintf("%d of %d custodians; timestamps for %s", d.layout.Threshold, len(d.layout.Custodians), d.layout.Expires.Timestamp))
+	p.field("", fmt.Sprintf("%d of %d custodians; timestamps for %s", layout.Threshold, len(layout.Custodians), layout.Expires.Timestamp))
+	if old := d.inForce; old != nil {
+		leave, join := missing(old.Layout.Custodians, layout.Custodians), missing(layout.Custodians, old.Layout.Custodians)
+		p.field("", fmt.Sprintf("follows root %d, of whose custodians %d of %d must sign too; %d leave, %d join",
+			old.Version, old.Layout.Threshold, len(old.Layout.Custodians), leave, join))
+	}
 	p.hash("", d.root.Digest())
 	p.field("Targets", fmt.Sprintf("version %d, until %s", d.targets.Version(), d.targets.Expires().Format(time.DateOnly)))
 	p.hash("", d.targets.Digest())
 }
 
-// sign signs both with the key that the URI names, which is one of the
-// custodians'. The signatures are a line each.
-func (d *drafts) sign(ctx context.Context, tok hsm.Token, uri string) ([]byte, error) {
-	key, err := d.key(ctx, tok, uri)
-	if err != nil {
-		return nil, err
-	}
-	var content []byte
-	for _, draft := range []*tuf.Draft{d.root, d.targets} {
-		sig, err := draft.Sign(ctx, key)
-		if d.old != nil && draft == d.targets && errors.Is(err, tuf.ErrForeign) {
-			continue // one who leaves signs the new root and nothing else
+// missing counts the keys that are not among others.
+func missing(keys, others []*ecdsa.PublicKey) int {
+	n := 0
+	for _, k := range keys {
+		if !slices.ContainsFunc(others, func(o *ecdsa.PublicKey) bool { return o.Equal(k) }) {
+			n++
 		}
+	}
+	return n
+}
+
+// part returns what the owner of a key signs, and says so: both files, or, who
+// has no say in the next root and leaves, the root alone.
+func (d *drafts) part(pub crypto.PublicKey) ([]*tuf.Draft, string) {
+	isKey := func(k *ecdsa.PublicKey) bool { return k.Equal(pub) }
+	switch {
+	case !slices.ContainsFunc(d.next.Layout.Custodians, isKey):
+		return []*tuf.Draft{d.root}, fmt.Sprintf("leaves with root %d, and signs that root for the last time, not the targets", d.next.Version)
+	case d.inForce != nil && !slices.ContainsFunc(d.inForce.Layout.Custodians, isKey):
+		return []*tuf.Draft{d.root, d.targets}, fmt.Sprintf("joins with root %d, and signs root and targets", d.next.Version)
+	}
+	return []*tuf.Draft{d.root, d.targets}, "signs root and targets"
+}
+
+// sign signs the files. The signatures are a line each.
+func sign(ctx context.Context, key hsm.Key, files []*tuf.Draft) ([]byte, error) {
+	var content []byte
+	for _, draft := range files {
+		sig, err := draft.Sign(ctx, key)
 		if err != nil {
 			return nil, err
 		}
@@ -263,11 +301,12 @@ func (d *drafts) sign(ctx context.Context, tok hsm.Token, uri string) ([]byte, e
 	return content, nil
 }
 
-// key opens the key of the URI if its public key is a custodian's.
+// key opens the key of the URI if its public key is a custodian's, of the next
+// root or of the one in force.
 func (d *drafts) key(ctx context.Context, tok hsm.Token, uri string) (hsm.Key, error) {
-	custodians := d.layout.Custodians
-	if d.old != nil {
-		custodians = slices.Concat(custodians, d.old.Layout.Custodians)
+	custodians := d.next.Layout.Custodians
+	if d.inForce != nil {
+		custodians = slices.Concat(custodians, d.inForce.Layout.Custodians)
 	}
 	for _, pub := range custodians {
 		spki, err := hsm.SPKIHash(pub)

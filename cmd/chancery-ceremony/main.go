@@ -70,7 +70,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 // usageError is a wrong command line.
 type usageError struct{ err error }
 
+// Error is that of the error inside.
 func (e usageError) Error() string { return e.err.Error() }
+
+// Unwrap returns the error inside.
 func (e usageError) Unwrap() error { return e.err }
 
 func exitStatus(err error) int {
@@ -104,6 +107,7 @@ func hintFor(err error) string {
 		{errors.Is(err, ceremony.ErrNotInVersion), "take it out of the definition to rehearse the rest"},
 		{errors.Is(err, ceremony.ErrEnvironment), "production definitions are run, all others rehearsed"},
 		{errors.Is(err, errNoTerminal), "run it in a terminal; a rehearsal can do without"},
+		{errors.Is(err, errInForce), "--previous N.root.json, from tuf/ of the outputs before"},
 		{errors.Is(err, errPINFile), "chmod 400, and no one else's file"},
 		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
 		{errors.Is(err, ceremony.ErrDefinition), "config/example/genesis.yaml explains every field"},

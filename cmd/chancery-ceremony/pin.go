@@ -19,8 +19,11 @@ var errPINFile = errors.New("PIN file refused")
 // pinFiles are the files of --pin-file TOKEN=PATH. It implements pflag.Value.
 type pinFiles map[string]string
 
+// String is empty: there is no default, and --help would print it.
 func (p pinFiles) String() string { return "" }
-func (p pinFiles) Type() string   { return "TOKEN=PATH" }
+
+// Type is what --help says of the value.
+func (p pinFiles) Type() string { return "TOKEN=PATH" }
 
 // Set takes one TOKEN=PATH.
 func (p pinFiles) Set(value string) error {

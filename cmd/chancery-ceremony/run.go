@@ -219,7 +219,10 @@ type interrupted struct {
 	out string
 }
 
+// Error is that of what interrupted it.
 func (e *interrupted) Error() string { return e.err.Error() }
+
+// Unwrap returns what interrupted it.
 func (e *interrupted) Unwrap() error { return e.err }
 
 // hint says how to go on, or that there is no going on.
