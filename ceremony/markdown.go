@@ -21,6 +21,7 @@ func (f *facts) markdown(records []Record) File {
 	f.writeTokens(m)
 	f.writeEntropy(m)
 	f.writeKeys(m)
+	f.writeExchange(m)
 	f.writeCertificates(m)
 	f.writeFiles(m)
 	f.writeWitnesses(m)
@@ -140,6 +141,27 @@ func (f *facts) writeKeys(m *document) {
 			level, spki = string(k.evidence.Level), fmt.Sprintf("`%x`", k.spki)
 		}
 		m.row(name, string(in.Role), in.Token, string(in.Algorithm), level, "`"+in.ID+"`", spki)
+	}
+}
+
+// writeExchange says what came from the other machine, of which its transcript
+// is among the files.
+func (f *facts) writeExchange(m *document) {
+	x := f.exchange
+	if x.other == nil {
+		return
+	}
+	m.heading("Exchange")
+	m.line("Taken in from the %s machine: ceremony %s, %s, begun %s.\n",
+		x.other.def.side(), x.other.def.ID, x.other.def.Kind, x.other.openedAt.Format(time.RFC3339))
+	m.table("", "")
+	m.hash("Bundle", x.bundle)
+	m.hash("Its last record", x.other.head)
+	m.hash("Its definition", x.other.def.Hash())
+	for _, name := range sorted(x.other.exchange.requests) {
+		csr, key := x.other.exchange.requests[name], x.other.keys[x.other.def.Certificates[name].Key]
+		m.row("Request "+name, csr.Subject.String())
+		m.row("", fmt.Sprintf("SPKI SHA-256 `%x`, %s", sha256.Sum256(csr.RawSubjectPublicKeyInfo), key.origin()))
 	}
 }
 
