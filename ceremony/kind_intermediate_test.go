@@ -58,9 +58,9 @@ outputs: {dir: out}
 }
 
 // csrSource is the online host's definition.
-func (l *life) csrSource(rest string) string {
-	return l.apartDefinition(csrID, IntermediateCSR, DemoOnlineToken,
-		"rotation: {overlap: 7d}\nkeys: {inter-g2: {token: online, alg: ecdsa-p256}}\n"+rest)
+func (l *life) csrSource(token, rest string) string {
+	return l.apartDefinition(csrID, IntermediateCSR, token,
+		"rotation: {overlap: 7d}\nkeys: {inter-g2: {token: "+token+", alg: ecdsa-p256}}\n"+rest)
 }
 
 // signSource is the root host's definition, of the request with this last
@@ -116,20 +116,20 @@ type apart struct {
 	request, response string // paths of the bundles
 }
 
-// withToken is the same life with another online token.
-func (l *life) withToken(t *testing.T) *life {
+// otherToken is one more online token; the definition calls it so.
+func (l *life) otherToken(t *testing.T) string {
 	t.Helper()
-	other := *l
-	other.tokens = map[string]hsm.Token{DemoRootToken: l.tokens[DemoRootToken], DemoOnlineToken: hsmtest.SoftHSM(t)}
-	return &other
+	name := fmt.Sprintf("online-%d", len(l.tokens))
+	l.tokens[name] = hsmtest.SoftHSM(t)
+	return name
 }
 
 // asks is the first day: the online host has a key and a request.
-func (l *life) asks(rest string) *apart {
+func (l *life) asks(token, rest string) *apart {
 	l.t.Helper()
 	stick := l.t.TempDir()
 	a := &apart{request: filepath.Join(stick, "request.tar"), response: filepath.Join(stick, "response.tar")}
-	a.online = l.host(l.csrSource(rest), DemoOnlineToken)
+	a.online = l.host(l.csrSource(token, rest), token)
 	if err := a.online.run(l.t, ""); !errors.Is(err, ErrBundle) {
 		l.t.Fatalf("online, before the exchange: %v, want ErrBundle", err)
 	}
@@ -168,7 +168,7 @@ func (l *life) completes(a *apart) {
 func TestIntermediateApart(t *testing.T) {
 	l := begin(t, "")
 	before := l.sign()
-	a := l.asks("")
+	a := l.asks(DemoOnlineToken, "")
 	l.answers(a)
 	l.completes(a)
 	for _, h := range []*host{a.online, a.offline} {
@@ -274,7 +274,7 @@ func asking(der []byte) func(*testing.T, *Record) {
 // signed, and nothing recorded of it.
 func TestRequestRefused(t *testing.T) {
 	l := begin(t, "")
-	a := l.asks("")
+	a := l.asks(DemoOnlineToken, "")
 	key := l.tokenKey(t, a.online)
 	subject := a.online.def.subject(a.online.def.Certificates["inter-g2"].Subject)
 	csr := func(template x509.CertificateRequest, key crypto.Signer) []byte {
@@ -374,13 +374,14 @@ func (l *life) revokedRoot(t *testing.T) func(string) string {
 // it, is refused.
 func TestRequestOfAnotherCeremony(t *testing.T) {
 	l := begin(t, "")
-	a := l.asks("")
+	a := l.asks(DemoOnlineToken, "")
 	head := a.online.head(t)
 	source := l.signSource(head)
-	other := l.withToken(t).asks("") // the same definition, another key
+	other := l.asks(l.otherToken(t), "") // another key
 	stranger := begin(t, "")
-	strangers := stranger.asks("")
-	windowed := l.withToken(t).host(strings.Replace(l.csrSource(""), "environment: rehearsal", "environment: rehearsal\nwindow: {not-before: 2026-11-22T09:00:00Z, not-after: 2026-11-22T18:00:00Z}", 1), DemoOnlineToken)
+	strangers := stranger.asks(DemoOnlineToken, "")
+	second := l.otherToken(t)
+	windowed := l.host(strings.Replace(l.csrSource(second, ""), "environment: rehearsal", "environment: rehearsal\nwindow: {not-before: 2026-11-22T09:00:00Z, not-after: 2026-11-22T18:00:00Z}", 1), second)
 	late := &apart{online: windowed, request: filepath.Join(t.TempDir(), "request.tar")}
 	if err := windowed.run(t, ""); !errors.Is(err, ErrBundle) {
 		t.Fatal(err)
@@ -396,7 +397,7 @@ func TestRequestOfAnotherCeremony(t *testing.T) {
 	}{
 		{"another id", strings.Replace(source, "request: {ceremony: "+csrID, "request: {ceremony: inter-csr-2", 1), a.request, bundle.ErrOther},
 		{"another last record", l.signSource(Hash{}), a.request, bundle.ErrOther},
-		{"the same definition, another run", source, other.request, bundle.ErrOther},
+		{"another run of the same id", source, other.request, bundle.ErrOther},
 		{"a longer life", strings.Replace(source, "years: 3", "years: 4", 1), a.request, ErrDefinition},
 		{"another name", strings.Replace(source, "Intermediate G2", "Intermediate G3", 1), a.request, ErrDefinition},
 		{"another algorithm", strings.Replace(source, "alg: ecdsa-p256", "alg: ecdsa-p384", 1), a.request, ErrDefinition},
@@ -465,12 +466,12 @@ func TestRequestOfAnotherCeremony(t *testing.T) {
 // request.
 func TestResponseRefused(t *testing.T) {
 	l := begin(t, "")
-	a := l.asks("")
+	a := l.asks(DemoOnlineToken, "")
 	l.answers(a)
 	response := contentOf(t, a.response)
-	twin := l.withToken(t).asks("")
+	twin := l.asks(l.otherToken(t), "")
 	stranger := begin(t, "")
-	strangers := stranger.asks("")
+	strangers := stranger.asks(DemoOnlineToken, "")
 	stranger.answers(strangers)
 	for _, tc := range []struct {
 		name string
@@ -596,10 +597,10 @@ func inReplyTo(t *testing.T, a *apart, content []byte) []byte {
 // The online host's own window is for its import, too.
 func TestResponseAfterTheWindow(t *testing.T) {
 	l := begin(t, "")
-	a := l.asks("")
-	a.online = l.withToken(t).host(strings.Replace(l.csrSource(""), "environment: rehearsal",
+	stick := t.TempDir()
+	a := &apart{request: filepath.Join(stick, "request.tar"), response: filepath.Join(stick, "response.tar")}
+	a.online = l.host(strings.Replace(l.csrSource(DemoOnlineToken, ""), "environment: rehearsal",
 		"environment: rehearsal\nwindow: {not-before: 2026-11-22T09:00:00Z, not-after: 2026-11-24T18:00:00Z}", 1), DemoOnlineToken)
-	a.request = filepath.Join(t.TempDir(), "request.tar")
 	if err := a.online.run(t, ""); !errors.Is(err, ErrBundle) {
 		t.Fatal(err)
 	}
@@ -629,7 +630,7 @@ func TestIntermediateApartResumed(t *testing.T) {
 			tear(t, h.opts.Dir)
 		}
 	}
-	a.online = l.host(l.csrSource(""), DemoOnlineToken)
+	a.online = l.host(l.csrSource(DemoOnlineToken, ""), DemoOnlineToken)
 	first, err := killing(a.online, "")
 	if !errors.Is(err, ErrBundle) {
 		t.Fatal(err)
@@ -662,7 +663,7 @@ func TestIntermediateApartResumed(t *testing.T) {
 // who seals the chain again is found.
 func TestIntermediateApartTampered(t *testing.T) {
 	l := begin(t, "")
-	a := l.asks("")
+	a := l.asks(DemoOnlineToken, "")
 	l.answers(a)
 	l.completes(a)
 	all := map[string][]Record{}
@@ -764,10 +765,10 @@ func apartOutputs(t *testing.T, l *life, a *apart) {
 // the certificate is there.
 func TestIntermediateApartTUF(t *testing.T) {
 	l := begin(t, custodiansOf("c1", "c2"))
-	if err := l.host(l.csrSource(""), DemoOnlineToken).run(t, ""); !errors.Is(err, ErrDefinition) {
+	if err := l.host(l.csrSource(DemoOnlineToken, ""), DemoOnlineToken).run(t, ""); !errors.Is(err, ErrDefinition) {
 		t.Errorf("without custodians: %v, want ErrDefinition", err)
 	}
-	a := l.asks(custodiansOf("c1", "c2"))
+	a := l.asks(DemoOnlineToken, custodiansOf("c1", "c2"))
 	l.answers(a)
 	l.completes(a)
 	if err := Verify(l.last.Dir).Err(); err != nil {
@@ -800,8 +801,7 @@ func TestIntermediateApartTPM(t *testing.T) {
 		}
 	})
 	l.tokens["board"] = token
-	source := strings.NewReplacer(`online: {uri: "pkcs11:token=online"}`, `board: {uri: "tpm2:?device=`+emulator.Socket()+`"}`,
-		"token: online", "token: board").Replace(l.csrSource(""))
+	source := strings.Replace(l.csrSource("board", ""), "pkcs11:token=board", "tpm2:?device="+emulator.Socket(), 1)
 	a := &apart{request: filepath.Join(t.TempDir(), "request.tar"), response: filepath.Join(t.TempDir(), "response.tar")}
 	a.online = l.host(source, "board")
 	if err := a.online.run(t, ""); !errors.Is(err, ErrBundle) {
@@ -834,5 +834,19 @@ func TestIntermediateApartTPM(t *testing.T) {
 	}
 	if err := l.verify(l.sign()); err != nil {
 		t.Error(err)
+	}
+}
+
+// A token that is called like one whose keys stay, and is another device, is
+// noticed before a key is made in it.
+func TestOtherDeviceOfTheName(t *testing.T) {
+	l := begin(t, "")
+	l.tokens[DemoOnlineToken] = hsmtest.SoftHSM(t)
+	h := l.host(l.csrSource(DemoOnlineToken, ""), DemoOnlineToken)
+	if err := h.run(t, ""); !errors.Is(err, ErrDefinition) || !strings.Contains(err.Error(), "give this one another") {
+		t.Errorf("error %v, want ErrDefinition", err)
+	}
+	if n, err := h.opts.Tokens[DemoOnlineToken].Keys(t.Context()); n != 0 || err != nil {
+		t.Errorf("%d keys (%v), want none", n, err)
 	}
 }

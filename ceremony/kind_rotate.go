@@ -389,6 +389,29 @@ func (f *facts) nextRing() (*trust.KeyRing, error) {
 	return ring, nil
 }
 
+// checkSameDevice refuses a token in which a key is to be made and that has the
+// name, but not the address, of one in which keys of before stay: keys.yaml has
+// one address for each name, and the service would look for those keys in the
+// wrong device.
+func (f *facts) checkSameDevice(name string, info hsm.TokenInfo) error {
+	makes := func(k Key) bool { return k.Token == name }
+	if f.before == nil || f.def.madeElsewhere() || !slices.ContainsFunc(slices.Collect(maps.Values(f.def.Keys)), makes) {
+		return nil
+	}
+	have, ok := f.before.ring.Tokens[name]
+	uri := observedURI(info, f.def.Tokens[name].URI)
+	if !ok || have.URI == uri {
+		return nil
+	}
+	for _, role := range sorted(f.before.ring.Keys) {
+		if f.before.ring.Keys[role].Token == name && f.def.keyOfRole(role) == "" {
+			return fmt.Errorf("token %s is %.200s, and the key of the role %s is in %.200s under that name: give this one another: %w",
+				name, uri, role, have.URI, ErrDefinition)
+		}
+	}
+	return nil
+}
+
 // laterFiles are the outputs of a ceremony that continues another: all of its,
 // with what is new in the place of what was.
 func (f *facts) laterFiles() ([]File, error) {

@@ -43,6 +43,9 @@ func (r *run) inventory(ctx context.Context, s Step) error {
 	if data.Keys, err = tok.Keys(ctx); err != nil {
 		return fmt.Errorf("count keys: %w", err)
 	}
+	if err := r.facts.checkSameDevice(s.Name, data.Token); err != nil {
+		return err
+	}
 	if data.Keys > 0 && r.def.Tokens[s.Name].MustBeEmpty {
 		return fmt.Errorf("token %s has %d private keys: %w", s.Name, data.Keys, ErrNotEmpty)
 	}
@@ -80,6 +83,9 @@ func (f *facts) takeInventory(rec *Record, s Step) error {
 		return bad(rec, "%w: %d keys", ErrNotEmpty, d.Keys)
 	}
 	if err := f.def.checkSoftware(s.Name, d.Token); err != nil {
+		return bad(rec, "%w", err)
+	}
+	if err := f.checkSameDevice(s.Name, d.Token); err != nil {
 		return bad(rec, "%w", err)
 	}
 	if in := d.Inspection; in != nil && in.Token.Device() != d.Token.Device() {
