@@ -145,6 +145,7 @@ func Sign(ctx context.Context, def *Definition, opts Options, person, signature,
 // absentees sign later, and see what was wrong with an answer as an error.
 type absentees struct{}
 
+// Show makes an error of a warning, which nobody is there to read.
 func (absentees) Show(_ context.Context, n Notice) error {
 	if n.Warning {
 		return fmt.Errorf("%s: %w", n.Title, ErrAnswer)
@@ -152,6 +153,7 @@ func (absentees) Show(_ context.Context, n Notice) error {
 	return nil
 }
 
+// Ask puts off what is asked of those who are not there.
 func (absentees) Ask(context.Context, Question) (string, error) { return later, nil }
 
 // maxAnswers bounds an answers file, in questions.

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -48,7 +49,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"columns": columns, "secret": secret, "flip": flip,
+			"columns": columns, "secret": secret, "flip": flip, "head": head,
 		},
 	})
 }
@@ -94,6 +95,16 @@ func flip(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	content[len(content)/2] ^= 1
 	ts.Check(os.WriteFile(path, content, 0o644))
+}
+
+// head WORD OUTPUTS DEFINITION puts the hash of a ceremony's last record in the
+// place of a word of a definition.
+func head(ts *testscript.TestScript, _ bool, args []string) {
+	state, err := ceremony.ReadStatus(ts.MkAbs(args[1]))
+	ts.Check(err)
+	path := ts.MkAbs(args[2])
+	content := strings.Replace(ts.ReadFile(args[2]), args[0], fmt.Sprintf("%x", state.Head), 1)
+	ts.Check(os.WriteFile(path, []byte(content), 0o644))
 }
 
 func TestExitStatus(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/hsm"
@@ -54,6 +55,9 @@ type softTokens struct{ home *softhsm.Home }
 // dir, and returns the library. The SO-PIN is forgotten, nobody re-initialises a
 // rehearsal's token.
 func (s *softTokens) make(dir, label string, pin []byte) (module string, err error) {
+	if real, err := filepath.EvalSymlinks(dir); err == nil { // of an earlier rehearsal
+		dir = real
+	}
 	if s.home == nil {
 		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 			s.home, err = softhsm.Create(dir)

@@ -28,6 +28,10 @@ is rehearsed as it is: every certified name gets the prefix "REHEARSAL ", the
 window does not count, and no device that it names is touched. Nobody is asked,
 unless --ask is given: then people practise their part.
 
+A definition that continues a ceremony is rehearsed after a rehearsal of that
+one: --previous names its outputs, and --tokens its folder, for the root that
+signs is there.
+
 Below DIR it leaves tokens/ (the software tokens), pins/ (their random PINs,
 mode 0400) and the definition's output folder.`,
 		Args: cobra.ExactArgs(1),
@@ -47,6 +51,7 @@ mode 0400) and the definition's output folder.`,
 	}
 	f.register(cmd)
 	f.registerPrevious(cmd)
+	cmd.Flags().StringVar(&f.tokens, "tokens", "", "folder of an earlier rehearsal, whose tokens this one continues with")
 	cmd.Flags().BoolVar(&f.ask, "ask", false, "ask people, as in the real ceremony")
 	return cmd
 }

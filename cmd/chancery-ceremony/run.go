@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -86,6 +87,7 @@ type runFlags struct {
 	machine machineFlag
 	bundle  string // of the other machine
 	before  string // outputs of the ceremony before
+	tokens  string // folder of an earlier rehearsal, whose tokens are used
 }
 
 func (f *runFlags) register(cmd *cobra.Command) {
@@ -257,12 +259,40 @@ func (f *runFlags) prepare() error {
 	first, _, _ := strings.Cut(strings.TrimPrefix(filepath.ToSlash(f.out), filepath.ToSlash(f.dir)+"/"), "/")
 	_, begun := ceremony.OpenFolder(f.out)
 	for _, e := range entries {
+		if f.tokens != "" && e.Type() == fs.ModeSymlink { // see borrow
+			continue
+		}
 		if e.Name() != first || !errors.Is(begun, ceremony.ErrNotBegun) {
 			return fmt.Errorf("folder %s is not empty: %w", f.dir, ceremony.ErrOutputExists)
 		}
 	}
 	if err := os.MkdirAll(f.dir, 0o755); err != nil {
 		return fmt.Errorf("make folder: %w", err)
+	}
+	return f.borrow()
+}
+
+// borrow has a rehearsal use the tokens of an earlier one: their folders, and
+// those of their PINs, are linked to, so that resume and import find them.
+func (f *runFlags) borrow() error {
+	if f.tokens == "" {
+		return nil
+	}
+	for _, name := range []string{tokensFolder, pinsFolder} {
+		target, err := filepath.Abs(filepath.Join(f.tokens, name))
+		if err != nil {
+			return fmt.Errorf("find tokens: %w", err)
+		}
+		if info, err := os.Stat(target); err != nil || !info.IsDir() {
+			return fmt.Errorf("--tokens %s: not the folder of a rehearsal: no %s: %w", f.tokens, name, fs.ErrNotExist)
+		}
+		link := filepath.Join(f.dir, name)
+		if have, err := os.Readlink(link); err == nil && have == target {
+			continue
+		}
+		if err := os.Symlink(target, link); err != nil {
+			return fmt.Errorf("use tokens of %s: %w", f.tokens, err)
+		}
 	}
 	return nil
 }
