@@ -21,6 +21,7 @@ BENCHTIME   ?= 3s
 FUZZTIME    ?= 60s
 FUZZ        ?=
 GROWTH      ?= 10000000
+REQUESTS    ?= 1000000
 POINTS      ?= 2000
 
 # Debian packages, each with a command or file that shows it is there.
@@ -28,7 +29,7 @@ PACKAGES := softhsm2 swtpm swtpm-tools tpm2-tools python3-tpm2-pytss libtpm2-pkc
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps demo test test-clients lint bench bench-peer bench-growth torture torture-hsm fuzz clean
+.PHONY: help build deps demo test test-clients lint bench bench-peer bench-growth test-fulcio test-flat torture torture-hsm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +93,12 @@ bench-peer: deps $(PEER) ## measure beside Fulcio, CTFE and Trillian, in turns o
 	@$(MAKE) --no-print-directory deps PACKAGES="mariadb-server-core mariadb-client-core"
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_PEER=$(abspath $(PEER)) CHANCERY_PEER_SECONDS=$(PEERTIME) \
 	  $(GO) test -count=1 -run '^TestPeer$$' -timeout 1h -v ./test
+
+test-fulcio: deps $(PEER) ## ask Fulcio's program and ours the same and compare every answer
+	CHANCERY_PEER=$(abspath $(PEER)) $(GO) test -count=1 -run '^TestLikeFulcioServer$$' -v ./ca/server
+
+test-flat: deps ## send REQUESTS requests (needs 4 GB in TMPDIR) and want memory as it was after 1,000
+	CHANCERY_REQUIRE_HSM=1 CHANCERY_FLAT_REQUESTS=$(REQUESTS) $(GO) test -count=1 -run '^TestFlatMemory$$' -timeout 4h -v ./cmd/chancery/internal/demo
 
 bench-growth: deps ## grow a log to GROWTH leaves of 1 KiB; prints what a leaf costs
 	GOMEMLIMIT=80MiB CHANCERY_GROWTH_LEAVES=$(GROWTH) $(GO) test -count=1 -run '^TestGrowth$$' -timeout 4h -v ./test/growth

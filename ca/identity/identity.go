@@ -21,7 +21,7 @@
 //
 // Where it refuses what Fulcio 1.8 would certify, the names it does certify are
 // the same octets: repeated or over-large JSON, tokens of another kind by their
-// type, paths that lead elsewhere than they say or collapse, integers that
+// type, an issue time in the future, paths that lead elsewhere than they say or collapse, integers that
 // float64 would round, user names that mix scripts, templates that repeat, names
 // of a preset beyond its provider's site, client keys that are known to be weak.
 //

@@ -27,15 +27,22 @@ var (
 	ErrCSR = errors.New("certificate signing request cannot be parsed")
 )
 
-// AlgorithmError is a pair of key type and hash that is not on the allow list.
-// Its text may be shown to the client.
+// AlgorithmError is a pair of key type and hash that is not on the allow list, or
+// a request's signature algorithm that is none of the list. Its text may be shown
+// to the client.
 type AlgorithmError struct {
 	Key  string // the key's Go type, as Fulcio names it: "*ecdsa.PublicKey"
 	Hash crypto.Hash
+	// Signature is an algorithm that goes with no key of the list; then Key and
+	// Hash are empty. Else it is zero.
+	Signature x509.SignatureAlgorithm
 }
 
 // Error gives Fulcio's sentence.
 func (e *AlgorithmError) Error() string {
+	if e.Signature != x509.UnknownSignatureAlgorithm {
+		return fmt.Sprintf("unrecognized signature algorithm: %s", e.Signature)
+	}
 	return fmt.Sprintf("signing algorithm not permitted: %s, %s", e.Key, e.Hash)
 }
 
@@ -92,8 +99,11 @@ func ProveCSR(csr []byte) (crypto.PublicKey, error) {
 	if err := request.CheckSignature(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrProof, err)
 	}
-	hash, pss := signatureHash(request.SignatureAlgorithm)
-	if want, ok := allowedHash(request.PublicKey); !ok || hash != want || pss {
+	hash, ok := signatureHash(request.SignatureAlgorithm)
+	if !ok {
+		return nil, &AlgorithmError{Signature: request.SignatureAlgorithm}
+	}
+	if want, ok := allowedHash(request.PublicKey); !ok || hash != want {
 		return nil, &AlgorithmError{Key: fmt.Sprintf("%T", request.PublicKey), Hash: hash}
 	}
 	return request.PublicKey, nil
@@ -180,23 +190,18 @@ func verifies(pub crypto.PublicKey, message, signature []byte) bool {
 	return false
 }
 
-// signatureHash is the hash of a CSR's signature, and whether it is RSA-PSS.
-func signatureHash(a x509.SignatureAlgorithm) (hash crypto.Hash, pss bool) {
+// signatureHash is the hash of a CSR's signature; ok is false for one that no key
+// of the allow list makes, such as RSA-PSS.
+func signatureHash(a x509.SignatureAlgorithm) (hash crypto.Hash, ok bool) {
 	switch a {
 	case x509.ECDSAWithSHA256, x509.SHA256WithRSA:
-		return crypto.SHA256, false
-	case x509.ECDSAWithSHA384, x509.SHA384WithRSA:
-		return crypto.SHA384, false
-	case x509.ECDSAWithSHA512, x509.SHA512WithRSA:
-		return crypto.SHA512, false
-	case x509.PureEd25519:
-		return 0, false
-	case x509.SHA256WithRSAPSS:
 		return crypto.SHA256, true
-	case x509.SHA384WithRSAPSS:
+	case x509.ECDSAWithSHA384, x509.SHA384WithRSA:
 		return crypto.SHA384, true
-	case x509.SHA512WithRSAPSS:
+	case x509.ECDSAWithSHA512, x509.SHA512WithRSA:
 		return crypto.SHA512, true
+	case x509.PureEd25519:
+		return 0, true
 	}
-	return crypto.MD5, true // nothing else verifies; never allowed
+	return 0, false
 }

@@ -272,7 +272,7 @@ func TestProveCSRRefusals(t *testing.T) {
 		{"P-384 with SHA-256", makeCSR(t, k.p384, x509.ECDSAWithSHA256), "signing algorithm not permitted: *ecdsa.PublicKey, SHA-256"},
 		{"P-256 with SHA-384", makeCSR(t, k.p256, x509.ECDSAWithSHA384), "signing algorithm not permitted: *ecdsa.PublicKey, SHA-384"},
 		{"RSA with SHA-512", makeCSR(t, k.rsa2048, x509.SHA512WithRSA), "signing algorithm not permitted: *rsa.PublicKey, SHA-512"},
-		{"RSA-PSS", makeCSR(t, k.rsa2048, x509.SHA256WithRSAPSS), "signing algorithm not permitted: *rsa.PublicKey, SHA-256"},
+		{"RSA-PSS", makeCSR(t, k.rsa2048, x509.SHA256WithRSAPSS), "unrecognized signature algorithm: SHA256-RSAPSS"},
 	} {
 		var algorithm *AlgorithmError
 		if _, err := ProveCSR(test.csr); !errors.As(err, &algorithm) || err.Error() != test.want {

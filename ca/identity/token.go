@@ -100,9 +100,11 @@ func (t *token) check(audience string, now time.Time) error {
 			return refuse("token is not valid yet")
 		}
 	}
-	issued, ok := t.claims.time("iat")
-	if !ok || issued.After(now.Add(leeway)) || !issued.Before(expiry) {
-		return refuse("issue time is missing or absurd")
+	// Tokens that are not of OpenID Connect may lack it (JWT-SVID, Section 3).
+	if _, given := t.claims["iat"]; given {
+		if issued, ok := t.claims.time("iat"); !ok || issued.After(now.Add(leeway)) || !issued.Before(expiry) {
+			return refuse("issue time is absurd")
+		}
 	}
 	if !t.claims.hasAudience(audience) {
 		return refuse("token is for another audience")
