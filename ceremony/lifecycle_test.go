@@ -576,11 +576,16 @@ func TestLifecycleDefinitions(t *testing.T) {
 	rotate := l.definition("rotate-1", Rotate, newIntermediate)
 	crl := l.definition("crl-1", CRL, "crl: {valid: 30d, revoked: [{serial: \"1f\", at: 2026-11-22T00:00:00Z, reason: superseded}]}\n")
 	logKey := l.definition("log-1", LogKey, "rotation: {overlap: 1d}\nkeys: {ct-2: {token: online, alg: ecdsa-p256}}\nservice: {logs: {ct: {shard: ct2}}}\n")
+	const randomness = "entropy: {mode: commit-reveal, contributors: [w1]}\n"
+	rekey := strings.NewReplacer("  inter-g2: {token", "  root-g2: {token: root, alg: ecdsa-p384}\n  inter-g2: {token", "issuer: root", "issuer: root-g2",
+		"certificates:\n", "certificates:\n  root-g2: {key: root-g2, self-signed: true, subject: {o: a, cn: b}, years: 10, path-len: 1}\n").Replace(rotate)
+	logKey = strings.Replace(logKey, randomness, "", 1) // without a new root it needs none
 	rows := map[string]struct{ source, old, new, want string }{
 		"no predecessor":             {rotate, "previous: {ceremony: genesis-1", "#", "continues a ceremony"},
 		"its own predecessor":        {rotate, "ceremony: genesis-1", "ceremony: rotate-1", "previous: ceremony"},
 		"three heads":                {rotate, "heads: [", "heads: [aa, bb, ", "heads: 3"},
 		"a head that is short":       {rotate, "heads: [\"00", "heads: [\"", "64 hexadecimal digits"},
+		"a root without randomness":  {rekey, randomness, "", "entropy"},
 		"no overlap":                 {rotate, "rotation: {overlap: 7d}\n", "", "overlap"},
 		"a wrong overlap":            {rotate, "7d", "7h", "overlap"},
 		"no keys":                    {rotate, "keys:\n  inter-g2: {token: online, alg: ecdsa-p256}\n", "", "keys: none"},

@@ -141,7 +141,7 @@ func (d *Definition) checkPeople(f *faults) {
 	if d.Environment == Production && (count[Administrator] == 0 || d.Quorum[Witness] == 0) {
 		f.add("people: production needs an administrator, and a quorum of witnesses")
 	}
-	if d.Entropy.Mode != CommitReveal {
+	if wanted := d.Entropy.Mode != "" || d.hasOwn(profile.Root) || len(d.Entropy.Contributors) > 0; wanted && d.Entropy.Mode != CommitReveal {
 		f.add("entropy: mode %.40q, want %s", d.Entropy.Mode, CommitReveal)
 	}
 	for i, id := range d.Entropy.Contributors {
