@@ -162,9 +162,12 @@ func (c *connection) sweep() error {
 	return nil
 }
 
-// handles lists the handles from first on in its class, at most 64.
+// maxHandles is how many handles one question is answered with.
+const maxHandles = 64
+
+// handles lists the handles from first on in its class, at most maxHandles.
 func (c *connection) handles(first tpm2.TPMHandle) ([]tpm2.TPMHandle, error) {
-	rsp, err := run(c, tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(first), PropertyCount: 64})
+	rsp, err := run(c, tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(first), PropertyCount: maxHandles})
 	if err != nil {
 		return nil, err
 	}

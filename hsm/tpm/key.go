@@ -125,6 +125,9 @@ func (c *connection) sign(k *key, digest []byte) ([]byte, error) {
 // load returns a handle of the key, good until the next hold or room. Whatever
 // was loaded has the key's Name.
 func (c *connection) load(k *key) (tpm2.TPMHandle, error) {
+	if err := k.token.alive(k.public.name); err != nil {
+		return zero, err
+	}
 	if k.file == nil {
 		return k.handle, c.atHandle(k)
 	}

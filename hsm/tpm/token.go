@@ -22,7 +22,8 @@
 //     and checked; an operation that outlives the deadline wedges the token.
 //   - A TPM that was reset, or whose connection broke, comes back by itself: the
 //     token connects again and loads what is asked for (supervise.go).
-//   - No file is ever replaced, and a file is there whole or not at all.
+//   - No file is ever replaced, and a file is there whole or not at all. A key is
+//     destroyed (hsm.Destroyer) with its copies in the TPM and its file.
 //
 // It trusts the TPM for secrecy and randomness, and the storage key that it
 // first sees there: who is between us and the TPM at that time and stays there
@@ -163,6 +164,9 @@ type Token struct {
 	info hsm.TokenInfo // as of the last connection
 	back chan struct{} // not nil while reconnecting; closed when that ends
 	dead error         // an ErrPIN after which the TPM is not asked again
+	// buried are the Names of keys that were destroyed: a key that is open has
+	// its file's octets in memory.
+	buried map[string]bool
 }
 
 var _ hsm.Token = (*Token)(nil)
