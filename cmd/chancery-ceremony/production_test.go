@@ -193,7 +193,7 @@ func certificates(d *dialogue, n int) {
 	d.t.Helper()
 	for range n {
 		asked := d.wait(askedWords)
-		d.say(words(shownWords(d.text()[:d.read], "to be signed"), asked[1:]...))
+		d.say(words(shownWords(d.Read(), "to be signed"), asked[1:]...))
 	}
 }
 
@@ -262,7 +262,7 @@ func TestProduction(t *testing.T) {
 	d2.wait(`Path of the signature[^>]*> `)
 	d2.say("later")
 	if status := d2.exit(); status != exitFailed || !strings.Contains(d2.text(), "--signature FILE") {
-		t.Errorf("waiting for a witness: status %d\n%s", status, d2.text()[d2.read:])
+		t.Errorf("waiting for a witness: status %d\n%s", status, d2.Unread())
 	}
 	d2.columns()
 
