@@ -90,7 +90,7 @@ $(PEER):
 	mv $(BIN)/tmp-peer $@
 
 bench-peer: deps $(PEER) ## measure beside Fulcio, CTFE and Trillian, in turns of PEERTIME seconds; prints ratios
-	@$(MAKE) --no-print-directory deps PACKAGES="mariadb-server-core mariadb-client-core"
+	@$(MAKE) --no-print-directory deps PACKAGES=postgresql
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_PEER=$(abspath $(PEER)) CHANCERY_PEER_SECONDS=$(PEERTIME) \
 	  $(GO) test -count=1 -run '^TestPeer$$' -timeout 1h -v ./test
 

@@ -328,21 +328,33 @@ func makeEntries(b *testing.B, d *demo, n int) [][]byte {
 	return entries
 }
 
-// processTime is the processor time that a process has used, from
-// /proc/PID/stat in ticks of 10 ms (proc(5)).
+// processTime is the processor time that a process has used, with that of the
+// children that it has waited for.
 func processTime(t testing.TB, pid int) time.Duration {
 	t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	used, err := readProcessTime(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
-	user, err1 := strconv.Atoi(fields[11])
-	system, err2 := strconv.Atoi(fields[12])
-	if err1 != nil || err2 != nil {
-		t.Fatalf("read CPU time of process %d: %v, %v", pid, err1, err2)
+	return used
+}
+
+// readProcessTime reads utime, stime, cutime and cstime of /proc/PID/stat, in
+// ticks of 10 ms (proc(5)).
+func readProcessTime(pid int) (used time.Duration, err error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
 	}
-	return time.Duration(user+system) * 10 * time.Millisecond
+	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	for _, field := range fields[11:15] {
+		ticks, err := strconv.Atoi(field)
+		if err != nil {
+			return 0, fmt.Errorf("read CPU time of process %d: %w", pid, err)
+		}
+		used += time.Duration(ticks) * 10 * time.Millisecond
+	}
+	return used, nil
 }
 
 // rss is the demo's resident memory in octets, from /proc/PID/statm.

@@ -8,12 +8,17 @@ import (
 	"debug/buildinfo"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	osuser "os/user"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,9 +30,6 @@ import (
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
-
-// mariadbd is where Debian has it, which is not in everybody's PATH.
-const mariadbd = "/usr/sbin/mariadbd"
 
 // peer is the running assembly that TestPeer compares with.
 type peer struct {
@@ -68,7 +70,7 @@ func startPeer(t testing.TB, programs, issuer string) *peer {
 func (p *peer) target() target {
 	return target{url: p.url, cpu: func() (all time.Duration) {
 		for _, r := range p.running {
-			all += processTime(p.t, r.cmd.Process.Pid)
+			all += r.cpu(p.t)
 		}
 		return all
 	}}
@@ -79,7 +81,7 @@ func (p *peer) shares() string {
 	var parts []string
 	all := p.target().cpu()
 	for _, r := range p.running {
-		parts = append(parts, fmt.Sprintf("%s %.0f %%", r.name, 100*processTime(p.t, r.cmd.Process.Pid).Seconds()/all.Seconds()))
+		parts = append(parts, fmt.Sprintf("%s %.0f %%", r.name, 100*r.cpu(p.t).Seconds()/all.Seconds()))
 	}
 	return strings.Join(parts, ", ")
 }
@@ -94,7 +96,7 @@ func (p *peer) listVersions() {
 		}
 		p.versions = append(p.versions, info.Main.Path+" "+info.Main.Version)
 	}
-	p.versions = append(p.versions, strings.TrimSpace(must(p.t, nil, mariadbd, "--no-defaults", "--version")))
+	p.versions = append(p.versions, strings.TrimSpace(must(p.t, nil, p.postgres("postgres"), "--version")))
 }
 
 func (p *peer) program(name string) string { return filepath.Join(p.programs, name) }
@@ -112,6 +114,12 @@ func (p *peer) write(name string, content []byte) string {
 // start runs a program until the test ends. What it writes goes to a file.
 func (p *peer) start(path string, args ...string) *program {
 	p.t.Helper()
+	return p.startAs(nil, path, args...)
+}
+
+// startAs is start by another account, unless that is nil.
+func (p *peer) startAs(account *syscall.Credential, path string, args ...string) *program {
+	p.t.Helper()
 	r := &program{name: filepath.Base(path), ended: make(chan struct{}), log: p.path(filepath.Base(path) + ".log")}
 	output, err := os.Create(r.log)
 	if err != nil {
@@ -119,8 +127,8 @@ func (p *peer) start(path string, args ...string) *program {
 	}
 	defer output.Close()
 	r.cmd = exec.Command(path, args...)
-	r.cmd.Stdout, r.cmd.Stderr, r.cmd.Dir = output, output, p.dir
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	r.cmd.Stdout, r.cmd.Stderr, r.cmd.Dir = output, output, "/"
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: account}
 	if err := r.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
@@ -131,6 +139,30 @@ func (p *peer) start(path string, args ...string) *program {
 	p.running = append(p.running, r)
 	p.t.Cleanup(r.stop)
 	return r
+}
+
+// cpu is the processor time of the program with its children, as which
+// PostgreSQL has one for each connection (proc(5)).
+func (r *program) cpu(t testing.TB) time.Duration {
+	t.Helper()
+	pid := r.cmd.Process.Pid
+	all := processTime(t, pid)
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, child := range strings.Fields(string(children)) {
+		id, err := strconv.Atoi(child)
+		if err != nil {
+			t.Fatal(err)
+		}
+		used, err := readProcessTime(id)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ESRCH) { // ended meanwhile
+			t.Fatal(err)
+		}
+		all += used
+	}
+	return all
 }
 
 // stop ends the program, at last by force.
@@ -180,27 +212,68 @@ func answers(url string) func() bool {
 	}
 }
 
-// startDatabase starts MariaDB on a Unix socket with Trillian's schema, and
+// startDatabase starts PostgreSQL on a Unix socket with Trillian's schema, and
 // returns the options with which Trillian finds it. Commits are durable, as
 // our log's are.
 func (p *peer) startDatabase() []string {
 	p.t.Helper()
-	data, socket := p.path("data"), p.path("db.sock")
-	var asRoot []string
-	if os.Getuid() == 0 {
-		asRoot = []string{"--user=root"}
+	dir, account := p.databaseHome()
+	data := filepath.Join(dir, "data")
+	p.runAs(account, "initdb", "--pgdata="+data, "--username=trillian", "--auth=trust", "--encoding=UTF8", "--locale=C")
+	database := p.startAs(account, p.postgres("postgres"), "-D", data, "-k", dir, "-c", "listen_addresses=",
+		"-c", "shared_buffers=1GB", "-c", "max_wal_size=4GB", "-c", "max_connections=200", "-c", "jit=off")
+	sql := []string{"--no-psqlrc", "--quiet", "--host=" + dir, "--username=trillian", "--set=ON_ERROR_STOP=1"}
+	p.await(database, func() bool {
+		return command(p.t, nil, p.postgres("psql"), append(sql, "--dbname=postgres", "--command=SELECT 1")...).code == 0
+	})
+	must(p.t, nil, p.postgres("psql"), append(sql, "--dbname=postgres", "--command=CREATE DATABASE trillian")...)
+	must(p.t, nil, p.postgres("psql"), append(sql, "--dbname=trillian", "--file="+p.schema())...)
+	return []string{"--storage_system=postgresql", "--quota_system=noop",
+		"--postgresql_uri=postgresql:///trillian?host=" + dir + "&user=trillian&pool_max_conns=32"}
+}
+
+// databaseHome makes the database's folder, and says whose it is: PostgreSQL
+// refuses to run as root and is then run by the account of its package.
+func (p *peer) databaseHome() (dir string, account *syscall.Credential) {
+	p.t.Helper()
+	dir, err := os.MkdirTemp("", "chancery-peer-") // others do not get into p.dir
+	if err != nil {
+		p.t.Fatal(err)
 	}
-	must(p.t, nil, "mariadb-install-db", append([]string{"--no-defaults", "--datadir=" + data,
-		"--auth-root-authentication-method=normal", "--skip-test-db"}, asRoot...)...)
-	database := p.start(mariadbd, append([]string{"--no-defaults", "--datadir=" + data, "--socket=" + socket,
-		"--skip-networking", "--max-connections=300", "--innodb-flush-log-at-trx-commit=1",
-		"--innodb-buffer-pool-size=1G", "--innodb-log-file-size=1G"}, asRoot...)...)
-	p.await(database, listens("unix", socket))
-	sql := []string{"--no-defaults", "--socket=" + socket, "--user=root"}
-	must(p.t, nil, "mariadb", append(sql, "--execute=CREATE DATABASE trillian")...)
-	must(p.t, nil, "mariadb", append(sql, "--database=trillian", "--execute=source "+p.schema())...)
-	return []string{"--storage_system=mysql", "--mysql_uri=root@unix(" + socket + ")/trillian",
-		"--mysql_max_conns=64", "--mysql_max_idle_conns=64", "--quota_system=noop"}
+	p.t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if os.Getuid() != 0 {
+		return dir, nil
+	}
+	entry, err := osuser.Lookup("postgres")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	uid, err1 := strconv.ParseUint(entry.Uid, 10, 32)
+	gid, err2 := strconv.ParseUint(entry.Gid, 10, 32)
+	if err := errors.Join(err1, err2, os.Chown(dir, int(uid), int(gid))); err != nil {
+		p.t.Fatal(err)
+	}
+	return dir, &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+}
+
+// runAs runs a program of PostgreSQL to its end.
+func (p *peer) runAs(account *syscall.Credential, name string, args ...string) {
+	p.t.Helper()
+	cmd := exec.CommandContext(p.t.Context(), p.postgres(name), args...)
+	cmd.Dir, cmd.SysProcAttr = "/", &syscall.SysProcAttr{Credential: account}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		p.t.Fatalf("%s: %v\n%s", name, err, out)
+	}
+}
+
+// postgres is where Debian has a program of PostgreSQL, of its newest version.
+func (p *peer) postgres(name string) string {
+	p.t.Helper()
+	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
+	if err != nil || len(found) == 0 {
+		p.t.Fatalf("no %s in /usr/lib/postgresql: install Debian's package postgresql", name)
+	}
+	return slices.Max(found)
 }
 
 // schema is the file of Trillian's tables, from the source of its programs.
@@ -215,7 +288,7 @@ func (p *peer) schema() string {
 	if err := json.Unmarshal([]byte(answer), &source); err != nil {
 		p.t.Fatal(err)
 	}
-	return filepath.Join(source.Dir, "storage", "mysql", "schema", "storage.sql")
+	return filepath.Join(source.Dir, "storage", "postgresql", "schema", "storage.sql")
 }
 
 // startTrillian starts log server and signer, makes a tree and returns its id

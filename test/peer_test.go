@@ -26,14 +26,14 @@ import (
 // TestPeer measures this product beside the field's assembly of the same
 // service, in one run, on one machine, with one client program. The assembly
 // is of unmodified programs from the Go module proxy, in the folder that
-// CHANCERY_PEER names (make bench-peer builds them), and of MariaDB from the
-// distribution:
+// CHANCERY_PEER names (make bench-peer builds them), and of PostgreSQL from
+// the distribution:
 //
 //	fulcio               certificates: OIDC, Fulcio's HTTP interface
 //	ct_server            the CT log's front end (RFC 6962)
 //	trillian_log_server  the log
 //	trillian_log_signer  its sequencer
-//	mariadbd             the log's storage
+//	postgres             the log's storage
 //
 // Alike on both sides: the request, octet for octet (an RS256 ID token of one
 // issuer of type email, a P-256 key, its proof of possession); an issuing key,
@@ -95,7 +95,7 @@ func TestPeer(t *testing.T) {
 	var out bytes.Buffer
 	fmt.Fprintf(&out, "peer: %s\n", strings.Join(p.versions, ", "))
 	fmt.Fprintf(&out, "%d processors, %d rounds of %v a turn; others took %.0f %% of the machine\n",
-		runtime.NumCPU(), rounds, turn, 100*(machine.busy-used).Seconds()/machine.all.Seconds())
+		runtime.NumCPU(), rounds, turn, 100*max(0, machine.busy-used).Seconds()/machine.all.Seconds())
 	table := tabwriter.NewWriter(&out, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(table, "\tthis\tpeer\tratio (least, greatest)")
 	many.row(table, "certificates/s, 32 clients", func(r measured) float64 { return r.rate })
