@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -20,7 +18,7 @@ import (
 	sigstoretuf "github.com/sigstore/sigstore-go/pkg/tuf"
 	"github.com/theupdateframework/go-tuf/v2/metadata/fetcher"
 
-	"github.com/chancery-ca/chancery/ceremony/trust"
+	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
@@ -28,37 +26,24 @@ import (
 	"github.com/chancery-ca/chancery/hsm/softhsm"
 )
 
-// tufDemo makes a demo whose trust folder has a TUF repository and starts it.
-func tufDemo(t *testing.T) *demo {
-	t.Helper()
-	needSoftHSM(t)
-	dir := filepath.Join(t.TempDir(), "demo")
-	must(t, nil, binary(t, "chancery"), "demo", "--once", "--dir", dir)
-	if _, err := os.Stat(filepath.Join(dir, "trust", "tuf")); err != nil {
-		addTUF(t, dir, 1)
-	}
-	return startDemo(t, dir)
-}
-
-// addTUF has custodians sign targets of this version for a demo's client files
-// and puts the repository into its trust folder. It runs in a process of its
-// own: SoftHSM has one home per process.
-func addTUF(t *testing.T, dir string, version int) {
+// signTargets has the custodians of a demo sign the next targets: its client
+// files as they are. It runs in a process of its own: SoftHSM has one home per
+// process.
+func signTargets(t *testing.T, dir string) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run", "^TestCustodians$", "-test.v")
-	cmd.Env = append(os.Environ(), "CHANCERY_TUF_DEMO="+dir, fmt.Sprintf("CHANCERY_TUF_VERSION=%d", version))
+	cmd.Env = append(os.Environ(), "CHANCERY_TUF_DEMO="+dir)
 	if out, err := cmd.CombinedOutput(); err != nil || bytes.Contains(out, []byte("SKIP")) {
-		t.Fatalf("make the TUF repository: %v\n%s", err, out)
+		t.Fatalf("sign the next targets: %v\n%s", err, out)
 	}
 }
 
-// TestCustodians is addTUF's process. Two of three custodians sign with keys in
-// SoftHSM tokens of their own; the online key is in the service's token. What
-// the online key signs is left to the service.
+// TestCustodians is signTargets' process. Two of three custodians sign with the
+// keys in their own tokens. What the online key signs is left to the service.
 func TestCustodians(t *testing.T) {
 	dir := os.Getenv("CHANCERY_TUF_DEMO")
 	if dir == "" {
-		t.Skip("the process of addTUF")
+		t.Skip("the process of signTargets")
 	}
 	check := func(err error) {
 		t.Helper()
@@ -69,82 +54,35 @@ func TestCustodians(t *testing.T) {
 	home, err := softhsm.Open(filepath.Join(dir, "tokens"))
 	check(err)
 	trustDir, now := filepath.Join(dir, "trust"), time.Now()
-	var custodians []hsm.Key
-	var online hsm.Key
-	layout := tuf.Layout{Threshold: 2, Expires: tuf.Expires{
-		Root: tuf.Period{Years: 1}, Targets: tuf.Decade, Snapshot: tuf.Decade, Timestamp: tuf.Period{Days: 7},
-	}}
-	var version int64
-	_, err = fmt.Sscan(os.Getenv("CHANCERY_TUF_VERSION"), &version)
+	def, err := ceremony.OpenFolder(trustDir)
 	check(err)
-	find := func(label string, pin []byte, made bool) hsm.Key {
-		t.Helper()
-		name := label
-		if label == string(hsm.RoleTUFOnline) {
-			name = "online"
-		}
-		token, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: home.Module(), URI: "pkcs11:token=" + name, PIN: pin})
-		check(err)
-		t.Cleanup(func() { _ = token.Close() })
-		id := []byte(fmt.Sprintf("%-16.16s", label))
-		if made {
-			key, err := token.Find(t.Context(), id)
-			check(err)
-			return key
-		}
-		key, err := token.Generate(t.Context(), hsm.Spec{Label: label, ID: id, Algorithm: hsm.ECDSAP256})
-		check(err)
-		return key
-	}
-	pinFile := func(name string) string { return filepath.Join(dir, "pins", name) }
-	for i := range 3 {
-		name := fmt.Sprintf("c%d", i+1)
-		if version == 1 {
-			pin := make([]byte, 8)
-			_, _ = rand.Read(pin)
-			check(os.WriteFile(pinFile(name), []byte(hex.EncodeToString(pin)), 0o400))
-			check(home.InitToken(name, []byte("so-"+name), []byte(hex.EncodeToString(pin))))
-		}
-		custodians = append(custodians, find(name, mustRead(t, pinFile(name)), version > 1))
-		layout.Custodians = append(layout.Custodians, custodians[i].Public().(*ecdsa.PublicKey))
-	}
-	online = find(string(hsm.RoleTUFOnline), mustRead(t, pinFile("online")), version > 1)
-	layout.Online = online.Public().(*ecdsa.PublicKey)
-	signed := func(d *tuf.Draft, err error) []byte {
-		t.Helper()
-		check(err)
-		for _, k := range custodians[1:] {
-			_, err := d.Sign(t.Context(), k)
-			check(err)
-		}
-		check(d.Err())
-		data, err := d.Bytes()
-		check(err)
-		return data
-	}
 	repoDir := filepath.Join(trustDir, "tuf")
-	var rootFile []byte
-	if version == 1 {
-		rootFile = signed(tuf.NewRoot(layout, nil, now))
-	} else {
-		rootFile = mustRead(t, filepath.Join(repoDir, "1.root.json"))
-	}
-	root, err := tuf.ParseRoot(rootFile)
+	before, err := tuf.Load(repoDir)
 	check(err)
 	targets, err := tuf.Targets(mustRead(t, filepath.Join(dir, "trusted_root.json")), mustRead(t, filepath.Join(dir, "signing_config.v0.2.json")), now)
 	check(err)
-	repo, err := tuf.Assemble([][]byte{rootFile}, signed(tuf.NewTargets(root, version, targets, now)), nil, nil, targets)
+	draft, err := tuf.NewTargets(before.Root(), before.TargetsVersion()+1, targets, now)
+	check(err)
+	for _, c := range def.TUF.Custodians[1:] {
+		token, err := pkcs11.Open(t.Context(), pkcs11.Config{
+			Module: home.Module(), URI: "pkcs11:token=" + c.ID, PIN: mustRead(t, filepath.Join(dir, "pins", c.ID)),
+		})
+		check(err)
+		t.Cleanup(func() { _ = token.Close() })
+		spki, err := hsm.ParseSPKIHash(c.SPKISHA256)
+		check(err)
+		key, err := token.Open(t.Context(), hsm.Ref{URI: c.Key, SPKI: spki}, hsm.RoleNone)
+		check(err)
+		_, err = draft.Sign(t.Context(), key)
+		check(err)
+	}
+	check(draft.Err())
+	signed, err := draft.Bytes()
+	check(err)
+	repo, err := tuf.Assemble(before.RootFiles(), signed, nil, nil, targets)
 	check(err)
 	check(os.RemoveAll(repoDir))
 	check(repo.Write(repoDir))
-
-	keys := filepath.Join(trustDir, "keys.yaml")
-	ring, err := trust.LoadKeyRing(keys)
-	check(err)
-	ring.Keys[hsm.RoleTUFOnline] = trust.Key{Token: "online", URI: online.Ref().URI, SPKI: online.Ref().SPKI}
-	data, err := ring.Marshal()
-	check(err)
-	check(os.WriteFile(keys, data, 0o600))
 }
 
 // versions returns those of the timestamp and of the targets that are served.
@@ -170,7 +108,7 @@ func (d *demo) versions() (timestamp, targets int64) {
 // TestTUF: a client that knows a demo's first TUF root gets its trust files,
 // and what follows them.
 func TestTUF(t *testing.T) {
-	d := tufDemo(t)
+	d := startDemo(t, filepath.Join(t.TempDir(), "demo"))
 	first := d.read("trust", "tuf", "1.root.json")
 	fetch := func() {
 		t.Helper()
@@ -220,7 +158,7 @@ func TestTUF(t *testing.T) {
 	if err := os.CopyFS(old, os.DirFS(filepath.Join(dir, "trust", "tuf"))); err != nil {
 		t.Fatal(err)
 	}
-	addTUF(t, dir, 2)
+	signTargets(t, dir)
 	d = startDemo(t, dir)
 	fetch()
 	if _, targets := d.versions(); targets != 2 {
@@ -243,7 +181,7 @@ func TestTUF(t *testing.T) {
 // signs and verifies without a flag about the service.
 func TestCosignTUF(t *testing.T) {
 	path := cosign(t)
-	d := tufDemo(t)
+	d := startDemo(t, filepath.Join(t.TempDir(), "demo"))
 	home := t.TempDir()
 	env := []string{
 		"SSL_CERT_FILE=" + d.path("tls-ca.pem"),
@@ -290,12 +228,10 @@ func TestCosignTUF(t *testing.T) {
 	}
 }
 
-// TestCeremonyTUF: the outputs of a ceremony with custodians, as they are, in
-// the trust folder of a service: clients learn of everything by TUF.
-func TestCeremonyTUF(t *testing.T) {
-	needSoftHSM(t)
-	s, idp := newSite(t), startProvider(t)
-	s.issuer = idp.Issuer()
+// custodyCeremony rehearses the example's genesis for a site, with three
+// custodians, and returns the ceremony's folder.
+func custodyCeremony(t *testing.T, s *site) string {
+	t.Helper()
 	definition := string(mustRead(t, "../config/example/genesis.yaml"))
 	for _, r := range [][2]string{
 		{"url: https://sig.acme.example", "url: " + s.url}, {"ct2026}", "ct1}"}, {"log2026-1}", "log1}"},
@@ -316,8 +252,14 @@ func TestCeremonyTUF(t *testing.T) {
 		t.Fatal(err)
 	}
 	must(t, nil, binary(t, "chancery-ceremony"), "rehearse", file, "--dir", practice)
+	return practice
+}
+
+// serveCeremony has the site serve the outputs of a ceremony, as they are, with
+// the tokens that the rehearsal in practice made.
+func serveCeremony(t *testing.T, s *site, idp provider, practice, out string) {
+	t.Helper()
 	s.env = []string{"SOFTHSM2_CONF=" + filepath.Join(practice, "tokens", "softhsm2.conf")}
-	out := filepath.Join(practice, "out")
 	s.write(t, map[string]any{
 		"version": 1, "url": s.url, "listen": strings.TrimPrefix(s.url, "https://"),
 		"tls":   map[string]any{"certificate": s.path("tls", "server.pem"), "key": s.path("tls", "server.key")},
@@ -331,6 +273,17 @@ func TestCeremonyTUF(t *testing.T) {
 		},
 		"ct": map[string]any{"shard": "ct1"}, "rekor": map[string]any{"shard": "log1"},
 	})
+}
+
+// TestCeremonyTUF: the outputs of a ceremony with custodians, as they are, in
+// the trust folder of a service: clients learn of everything by TUF.
+func TestCeremonyTUF(t *testing.T) {
+	needSoftHSM(t)
+	s, idp := newSite(t), startProvider(t)
+	s.issuer = idp.Issuer()
+	practice := custodyCeremony(t, s)
+	out := filepath.Join(practice, "out")
+	serveCeremony(t, s, idp, practice, out)
 	must(t, s.env, binary(t, "chancery"), "init", "--config", s.config)
 	stop := s.serve()
 	defer stop()

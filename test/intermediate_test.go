@@ -1,0 +1,151 @@
+package test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/chancery-ca/chancery/ceremony"
+)
+
+// TestIntermediateApart: the service's host and the root's are two, and nothing
+// but two bundles goes between them. The outputs of the ceremony that asked for
+// the intermediate are served as they are; a client that learned of the first
+// intermediate by TUF learns of the second, and verifies what both signed.
+func TestIntermediateApart(t *testing.T) {
+	needSoftHSM(t)
+	path := cosign(t)
+	s, idp := newSite(t), startProvider(t)
+	s.issuer = idp.Issuer()
+	practice := custodyCeremony(t, s)
+	genesis := filepath.Join(practice, "out")
+	serveCeremony(t, s, idp, practice, genesis)
+	must(t, s.env, binary(t, "chancery"), "init", "--config", s.config)
+	home := t.TempDir()
+	env := []string{"SSL_CERT_FILE=" + s.path("tls-ca.pem"), "HOME=" + home, "DOCKER_CONFIG=" + home, "TUF_ROOT=" + filepath.Join(home, "tuf"),
+		"COSIGN_EXPERIMENTAL=", "SIGSTORE_ID_TOKEN="}
+	artefact := filepath.Join(home, "artefact")
+	if err := os.WriteFile(artefact, []byte("by two intermediates\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sign := func(name string) (bundle string) {
+		token, err := idp.Token(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		idToken := filepath.Join(home, "token")
+		if err := os.WriteFile(idToken, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		bundle = filepath.Join(home, name+".json")
+		must(t, env, path, "sign-blob", artefact, "--bundle", bundle, "--identity-token", idToken, "--yes")
+		return bundle
+	}
+	mirror := func() { must(t, env, path, "initialize", "--mirror", s.url+"/tuf", "--root", filepath.Join(genesis, "tuf", "1.root.json")) }
+
+	stop := s.serve()
+	mirror()
+	bundles := []string{sign("before")}
+	stop()
+
+	out := anotherIntermediate(t, practice)
+	serveCeremony(t, s, idp, practice, out)
+	stop = s.serve()
+	defer stop()
+	mirror()
+	bundles = append(bundles, sign("after"))
+	for i, bundle := range bundles {
+		must(t, env, path, "verify-blob", artefact, "--bundle", bundle, "--certificate-identity", user, "--certificate-oidc-issuer", s.issuer)
+		if issuer := issuerIn(t, bundle); strings.HasSuffix(issuer, "G2") != (i == 1) {
+			t.Errorf("%s was signed under %q", filepath.Base(bundle), issuer)
+		}
+	}
+}
+
+// issuerIn is the name of the intermediate under a bundle's certificate.
+func issuerIn(t *testing.T, path string) string {
+	t.Helper()
+	var b struct {
+		Material struct {
+			Certificate struct {
+				Raw []byte `json:"rawBytes"`
+			} `json:"certificate"`
+		} `json:"verificationMaterial"`
+	}
+	if err := json.Unmarshal(mustRead(t, path), &b); err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(b.Material.Certificate.Raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert.Issuer.CommonName
+}
+
+// apartDefinition is what the definitions of both ceremonies have.
+const apartDefinition = `version: 1
+id: %s
+kind: %s
+environment: rehearsal
+previous: {ceremony: %s, heads: ["%x"]}
+people:
+  - {id: a1, role: administrator, name: The Administrator}
+  - {id: w1, role: witness, name: First Witness}
+quorum: {witness: 1}
+certificates:
+  inter-g2: {key: inter-g2, issuer: root, subject: {o: Acme, cn: Acme Intermediate G2}, years: 3, path-len: 0, eku: [codeSigning]}
+outputs: {dir: out}
+`
+
+// anotherIntermediate rehearses the two ceremonies after the genesis in practice
+// and returns the outputs of the one that asked.
+func anotherIntermediate(t *testing.T, practice string) string {
+	t.Helper()
+	dir, program := t.TempDir(), binary(t, "chancery-ceremony")
+	genesis := filepath.Join(practice, "out")
+	def, err := ceremony.OpenFolder(genesis)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := func(kind ceremony.Kind, id, rest string) string {
+		state, err := ceremony.ReadStatus(genesis)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, id+".yaml")
+		if err := os.WriteFile(file, []byte(fmt.Sprintf(apartDefinition, id, kind, def.ID, state.Head)+rest), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r := command(t, nil, program, "rehearse", file, "--dir", filepath.Join(dir, id), "--previous", genesis, "--tokens", practice)
+		if r.code == 0 || !strings.Contains(r.stderr, ceremony.ErrBundle.Error()) {
+			t.Fatalf("%s: status %d\n%s%s", kind, r.code, r.stdout, r.stderr)
+		}
+		return filepath.Join(dir, id, "out")
+	}
+	_, custodians, ok := bytes.Cut(def.Source(), []byte("\ntuf:\n"))
+	if !ok {
+		t.Fatal("the genesis has no custodians")
+	}
+	online := begin(ceremony.IntermediateCSR, "inter-csr", "tokens: {online: {uri: \"pkcs11:token=acme-online\"}}\n"+
+		"rotation: {overlap: 7d}\nkeys: {inter-g2: {token: online, alg: ecdsa-p256}}\ntuf:\n"+string(custodians))
+	request, response := filepath.Join(dir, "request.tar"), filepath.Join(dir, "response.tar")
+	must(t, nil, program, "export", online, request)
+	state, err := ceremony.ReadStatus(online)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := begin(ceremony.SignIntermediate, "inter-sign", "tokens: {root: {uri: \"pkcs11:token=acme-root\"}}\n"+
+		fmt.Sprintf("request: {ceremony: inter-csr, head: \"%x\"}\nkeys: {inter-g2: {alg: ecdsa-p256}}\n", state.Head))
+	must(t, nil, program, "import", root, request)
+	must(t, nil, program, "export", root, response)
+	must(t, nil, program, "import", online, response)
+	for _, outputs := range []string{root, online} {
+		must(t, nil, program, "verify", outputs)
+	}
+	return online
+}
