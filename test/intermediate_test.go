@@ -13,11 +13,11 @@ import (
 	"github.com/chancery-ca/chancery/ceremony"
 )
 
-// TestIntermediateApart: the service's host and the root's are two, and nothing
+// TestCosignIntermediateApart: the service's host and the root's are two, and nothing
 // but two bundles goes between them. The outputs of the ceremony that asked for
 // the intermediate are served as they are; a client that learned of the first
 // intermediate by TUF learns of the second, and verifies what both signed.
-func TestIntermediateApart(t *testing.T) {
+func TestCosignIntermediateApart(t *testing.T) {
 	needSoftHSM(t)
 	path := cosign(t)
 	s, idp := newSite(t), startProvider(t)
@@ -46,7 +46,9 @@ func TestIntermediateApart(t *testing.T) {
 		must(t, env, path, "sign-blob", artefact, "--bundle", bundle, "--identity-token", idToken, "--yes")
 		return bundle
 	}
-	mirror := func() { must(t, env, path, "initialize", "--mirror", s.url+"/tuf", "--root", filepath.Join(genesis, "tuf", "1.root.json")) }
+	mirror := func() {
+		must(t, env, path, "initialize", "--mirror", s.url+"/tuf", "--root", filepath.Join(genesis, "tuf", "1.root.json"))
+	}
 
 	stop := s.serve()
 	mirror()
