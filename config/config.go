@@ -53,6 +53,9 @@ type Config struct {
 	URL string `yaml:"url"`
 	// Listen is the address of the one TLS listener, HOST:PORT.
 	Listen string `yaml:"listen"`
+	// Operator is the address of a plain HTTP listener for who runs the service
+	// (metrics, status), HOST:PORT, of which HOST is a loopback address; "" = none.
+	Operator string `yaml:"operator"`
 	// TLS is the server's own certificate.
 	TLS TLS `yaml:"tls"`
 	// State is the directory of the logs and their anchors.
@@ -344,6 +347,9 @@ func (c *Config) finish() error {
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
+	if err := checkOperator(c.Operator); err != nil {
+		return fmt.Errorf("operator: %w", err)
+	}
 	for name, value := range map[string]string{
 		"tls.certificate": c.TLS.Certificate, "tls.key": c.TLS.Key, "state": c.State, "trust": c.Trust,
 	} {
@@ -382,6 +388,22 @@ func (c *Config) finish() error {
 		return err
 	}
 	return c.TSA.finish()
+}
+
+// checkOperator wants an address that only this machine reaches: who reaches it
+// is asked for nothing.
+func checkOperator(address string) error {
+	if address == "" {
+		return nil
+	}
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	if !ap.Addr().IsLoopback() {
+		return fmt.Errorf("%s is not a loopback address", address)
+	}
+	return nil
 }
 
 // checkOnlyCT refuses what a CT log alone would not use.

@@ -44,6 +44,13 @@ func TestServe(t *testing.T) {
 	d.openCheckpoint(t, d.get("/log/log1/api/v2/checkpoint", http.StatusOK))
 	notifications.await(t, "WATCHDOG=1")
 
+	// The identity provider is nowhere: its users are kept out, and the operator
+	// sees it.
+	eventually(t, "an unhealthy issuer", func() bool {
+		r := command(t, nil, chancery, "status", "--config", path)
+		return r.code == 0 && strings.HasPrefix(r.stdout, "service     ready\n") && strings.Contains(r.stdout, "issuer      https://idp.example: 0 keys; unhealthy: ")
+	})
+
 	// A second service on the same state is refused, and harms nothing.
 	if r := command(t, []string{softhsm, "CREDENTIALS_DIRECTORY=" + filepath.Join(dir, "pins")}, chancery, "serve", "--config", path); r.code != 1 || lastError(r.stderr) == "" {
 		t.Errorf("second service: exit status %d\n%s", r.code, r.stderr)
@@ -77,6 +84,7 @@ func serveConfig(t *testing.T, dir string) string {
 		t.Fatalf("the demo's configuration does not contain %q:\n%s", pin, config)
 	}
 	config = bytes.Replace(config, []byte(pin), []byte("pin: credential:online\n    deadline: 2s"), 1)
+	config = append(config, "operator: "+freePort(t)+"\n"...)
 	path := filepath.Join(t.TempDir(), "chancery.yaml")
 	if err := os.WriteFile(path, config, 0o600); err != nil {
 		t.Fatal(err)

@@ -298,7 +298,7 @@ func TestMetaIssuerCosts(t *testing.T) {
 	if _, err := v.Verify(t.Context(), token("good")); err != nil {
 		t.Fatal(err)
 	}
-	if h := v.Health(); len(h) != 1 || h[0].Issuer != base+"/good" || h[0].Keys != 1 || h[0].Err != nil {
+	if h := v.Health(); len(h) != 1 || h[0].Issuer != base+"/good" || h[0].Pattern != base+"/*" || h[0].Keys != 1 || h[0].Err != nil {
 		t.Errorf("health %+v", h)
 	}
 }

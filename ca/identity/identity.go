@@ -194,8 +194,10 @@ func (v *Verifier) Health() []IssuerHealth {
 // IssuerHealth is the state of an issuer's keys.
 type IssuerHealth struct {
 	Issuer string
-	// Keys is how many usable keys are known, and Fetched when they were last
-	// fetched (zero: never).
+	// Pattern is the meta-issuer that it fits, "" for one that is configured.
+	Pattern string
+	// Keys is how many keys tokens can be verified with, none if they are stale,
+	// and Fetched when they were last fetched (zero: never).
 	Keys    int
 	Fetched time.Time
 	// Err is why the last fetch went wrong, or nil.

@@ -95,6 +95,9 @@ func (k *keyring) run(ctx context.Context) {
 		k.finish(f, set, err)
 		pause := retry
 		if err == nil {
+			if retry > firstRetry {
+				k.logger.Info("issuer keys refreshed again")
+			}
 			pause, retry = set.lifetime, firstRetry
 		} else {
 			retry = min(2*retry, maxRetry)
@@ -271,7 +274,10 @@ func (k *keyring) health() IssuerHealth {
 	defer k.mu.Unlock()
 	h := IssuerHealth{Err: k.lastErr}
 	if set := k.current.Load(); set != nil {
-		h.Keys, h.Fetched = len(set.keys), set.fetched
+		h.Fetched = set.fetched
+		if time.Since(set.fetched) <= maxStale {
+			h.Keys = len(set.keys)
+		}
 	}
 	return h
 }

@@ -138,9 +138,10 @@ type federation struct {
 // member is an issuer that fits a pattern.
 type member struct {
 	*source
-	stop   context.CancelFunc
-	proven bool      // a token of it has verified
-	used   time.Time // last, by a token that verified; before that, when it was met
+	pattern string
+	stop    context.CancelFunc
+	proven  bool      // a token of it has verified
+	used    time.Time // last, by a token that verified; before that, when it was met
 }
 
 func newFederation(patterns []pattern, start func(known) (*source, context.CancelFunc, error)) *federation {
@@ -178,7 +179,7 @@ func (f *federation) open(p pattern, iss string) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &member{source: s, stop: stop, used: time.Now()}
+	m := &member{source: s, pattern: p.text, stop: stop, used: time.Now()}
 	f.members[iss] = m
 	time.AfterFunc(probation, func() { f.endProbation(iss, m) })
 	return s, nil
@@ -228,7 +229,7 @@ func (f *federation) health() []IssuerHealth {
 	for iss, m := range f.members {
 		if m.proven {
 			h := m.keys.health()
-			h.Issuer = iss
+			h.Issuer, h.Pattern = iss, m.pattern
 			out = append(out, h)
 		}
 	}

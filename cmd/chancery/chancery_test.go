@@ -20,8 +20,9 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs the command lines in testdata as a person would. Beside
-// testscript's own commands there are `exits STATUS PROGRAM …`, `logs` and
-// `cut FILE LINES`, which keeps the first lines of a file.
+// testscript's own commands there are `exits STATUS PROGRAM …`, `logs`,
+// `cut FILE LINES`, which keeps the first lines of a file, and
+// `replace OLD NEW FILE COPY`, which writes a file with another text.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -45,7 +46,7 @@ func TestScripts(t *testing.T) {
 			}
 			return err == nil, nil
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "logs": logs, "cut": cut},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "logs": logs, "cut": cut, "replace": replace},
 	})
 }
 
@@ -79,6 +80,17 @@ func cut(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("%s has %d lines", args[0], len(lines))
 	}
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.Join(lines[:keep], "")), 0o600))
+}
+
+func replace(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 4 {
+		ts.Fatalf("usage: replace OLD NEW FILE COPY")
+	}
+	before := ts.ReadFile(args[2])
+	if !strings.Contains(before, args[0]) {
+		ts.Fatalf("%s has no %q", args[2], args[0])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[3]), []byte(strings.ReplaceAll(before, args[0], args[1])), 0o600))
 }
 
 func TestExitStatus(t *testing.T) {

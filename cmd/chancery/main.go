@@ -89,7 +89,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{err: err, command: cmd.CommandPath()}
 	})
-	root.AddCommand(newDemo(), newServe(), newInit(), newConfig(), newSign(), newVerify(), newLog(), newHSM(), newPolicy(), newAudit(), newVersion())
+	root.AddCommand(newDemo(), newServe(), newInit(), newConfig(), newSign(), newVerify(), newLog(), newHSM(), newPolicy(), newAudit(), newStatus(), newVersion())
 	for _, c := range root.Commands() {
 		wrapArgs(c)
 	}

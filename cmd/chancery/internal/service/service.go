@@ -410,19 +410,37 @@ func (s *Service) TLS(plain net.Listener) (net.Listener, error) {
 	}), nil
 }
 
-// Serve answers requests on l until ctx ends, then drains: it returns when the
-// requests in flight are answered or drainTime is over. Close is the caller's.
-func (s *Service) Serve(ctx context.Context, l net.Listener) error {
-	server := &http.Server{
-		Handler:           s.Handler(),
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       60 * time.Second,
-		WriteTimeout:      60 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+// limits bound what a connection may take: in order the time to send the headers
+// of a request (and to shake hands), the whole of it, to take the answer, and
+// between requests.
+type limits struct{ header, read, write, idle time.Duration }
+
+// edgeLimits are those of the listeners.
+var edgeLimits = limits{header: 10 * time.Second, read: 60 * time.Second, write: 60 * time.Second, idle: 2 * time.Minute}
+
+func newServer(h http.Handler, l limits, logger *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: l.header,
+		ReadTimeout:       l.read,
+		WriteTimeout:      l.write,
+		IdleTimeout:       l.idle,
 		MaxHeaderBytes:    64 << 10,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: 250},
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 	}
+}
+
+// Serve answers requests on l until ctx ends, then drains: it returns when the
+// requests in flight are answered or drainTime is over. Beside l it serves the
+// operator's listener if one is configured. Close is the caller's.
+func (s *Service) Serve(ctx context.Context, l net.Listener) error {
+	stop, err := s.serveOperator()
+	if err != nil {
+		return err
+	}
+	defer stop()
+	server := newServer(s.Handler(), edgeLimits, s.log)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(l) }()
 	s.state.set(serving)
