@@ -161,6 +161,9 @@ type Token struct {
 	// PINParts is how many people type a part of the PIN, one after the other;
 	// 0 means 1.
 	PINParts int `yaml:"pin-parts"`
+	// ChangePIN has a new PIN set at the end, when the token is not used any
+	// more: by as many people, each with a part of their own.
+	ChangePIN bool `yaml:"change-pin"`
 }
 
 // Label returns the token's label as its URI has it, or "".

@@ -143,7 +143,7 @@ func (d *Definition) entropyToken() string {
 // machineOf says where a step is done, "" for both machines.
 func (d *Definition) machineOf(s Step) Machine {
 	switch s.Kind {
-	case StepInventory, StepSelfTest, StepSeed:
+	case StepInventory, StepSelfTest, StepSeed, StepPIN:
 		return d.Tokens[s.Name].Machine
 	case StepKey, StepBackup:
 		return d.Tokens[d.Keys[s.Name].Token].Machine

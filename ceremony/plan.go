@@ -93,6 +93,8 @@ func actionOf(kind StepKind) (action, error) {
 		return action{(*run).onlineSigns, (*facts).takeTUFOnline}, nil
 	case StepOutputs:
 		return action{(*run).outputs, (*facts).takeOutputs}, nil
+	case StepPIN:
+		return action{(*run).changePIN, (*facts).takePIN}, nil
 	case StepAbort:
 		return action{(*run).abort, (*facts).takeAbort}, nil
 	case StepCheckpoint:
@@ -164,7 +166,7 @@ func Plan(d *Definition) ([]Step, error) {
 	if err != nil {
 		return nil, err
 	}
-	if middle, err = d.here(middle); err != nil {
+	if middle, err = d.here(append(middle, d.pinSteps()...)); err != nil {
 		return nil, err
 	}
 	return slices.Concat(d.opening(), middle, d.closing()), nil

@@ -230,7 +230,8 @@ type facts struct {
 	confirmed                           map[string]bool // certificates
 	certs                               map[string]*x509.Certificate
 	tuf                                 tufFacts
-	announced                           bool // the files of StepOutputs
+	pins                                map[string]bool // tokens whose PIN may have changed
+	announced                           bool            // the files of StepOutputs
 	abortedAt                           *abortResult
 	abortedStep, abortedBy, abortReason string
 	root                                [sha256.Size]byte // of the checkpoint

@@ -68,6 +68,12 @@ type Options struct {
 	Custodian func(ctx context.Context, id string) (hsm.Key, error)
 	// Previous is the output folder of the ceremony that this one continues.
 	Previous string
+	// ChangePIN gives a token of the definition, which is not open, its new PIN
+	// and proves that. begun says that an earlier call for it may have been
+	// killed in the act, so that the new PIN may be there; it returns whether it
+	// was. Called again it must end what was begun. nil if nobody can: a
+	// definition with change-pin then stops there.
+	ChangePIN func(ctx context.Context, token string, begun bool) (already bool, err error)
 	// Pairing names the wrapping key that two practice tokens share; nil in
 	// production, where the definition says it.
 	Pairing func(source, target string) (hsm.Pairing, error)

@@ -186,6 +186,9 @@ func (d *Definition) checkTokens(f *faults) {
 		if t.PINParts < 0 || t.PINParts > maxPINParts {
 			f.add("tokens: %s: pin-parts: %d, want 1 to %d", name, t.PINParts, maxPINParts)
 		}
+		if err := t.checkPIN(); err != nil {
+			f.add("tokens: %s: %w", name, err)
+		}
 		pkcs11 := strings.HasPrefix(t.URI, "pkcs11:")
 		if t.Module != "" && !pkcs11 || t.Module == "" && pkcs11 && d.Environment == Production {
 			f.add("tokens: %s: a PKCS#11 token has a module, a TPM has none", name)
@@ -202,7 +205,7 @@ func (d *Definition) checkKeys(f *faults) {
 		if !namePattern.MatchString(name) {
 			f.add("keys: name %.40q: want 1 to 32 of a-z, 0-9, . and -", name)
 		}
-		if _, ok := d.Tokens[k.Token]; ok == d.madeElsewhere() || d.madeElsewhere() && k.Token != "" {
+		if _, ok := d.Tokens[k.Token]; !ok && !d.madeElsewhere() {
 			f.add("keys: %s: unknown token %.40q", name, k.Token)
 		}
 		if k.Algorithm.Curve() == nil {

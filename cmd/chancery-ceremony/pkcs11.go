@@ -36,6 +36,11 @@ func openPKCS11(ctx context.Context, module, uri string, pin []byte) (hsm.Token,
 	return tok, nil
 }
 
+// changePKCS11 changes the user PIN of a token that is not open.
+func changePKCS11(ctx context.Context, module, uri string, old, next []byte, begun bool) (already bool, err error) {
+	return pkcs11.ChangePIN(ctx, pkcs11.PINChange{Module: module, URI: uri, Old: old, New: next, Begun: begun})
+}
+
 // inspectPKCS11 wants exactly one token that fits.
 func inspectPKCS11(ctx context.Context, module, uri string) (hsm.Inspection, error) {
 	found, err := pkcs11.Inspect(ctx, module, uri)

@@ -32,6 +32,10 @@ func needsCgo(def *ceremony.Definition) bool {
 
 func openPKCS11(context.Context, string, string, []byte) (hsm.Token, error) { return nil, errNoCgo }
 
+func changePKCS11(context.Context, string, string, []byte, []byte, bool) (bool, error) {
+	return false, errNoCgo
+}
+
 func inspectPKCS11(context.Context, string, string) (hsm.Inspection, error) {
 	return hsm.Inspection{}, errNoCgo
 }

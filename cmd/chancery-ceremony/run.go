@@ -82,6 +82,7 @@ type runFlags struct {
 	out     string // of its outputs
 	answers string
 	pins    pinFiles
+	newPINs pinFiles
 	ask     bool
 	resume  bool
 	machine machineFlag
@@ -106,8 +107,9 @@ func (f *runFlags) registerAnswers(cmd *cobra.Command) {
 
 func (f *runFlags) registerPINs(cmd *cobra.Command) {
 	f.registerPrevious(cmd)
-	f.pins = pinFiles{}
+	f.pins, f.newPINs = pinFiles{}, pinFiles{}
 	cmd.Flags().Var(f.pins, "pin-file", "file with the PIN of a token; once for each token")
+	cmd.Flags().Var(f.newPINs, "new-pin-file", "file with what the PIN of a token becomes, if the definition says change-pin")
 }
 
 // start runs or resumes the ceremony of def.
@@ -118,7 +120,7 @@ func (f *runFlags) start(cmd *cobra.Command, def *ceremony.Definition) error {
 	if _, err := ceremony.Plan(def); err != nil {
 		return err
 	}
-	if err := errors.Join(f.pins.check(def), tokensPossible(def)); err != nil {
+	if err := errors.Join(f.pins.check("pin-file", def), f.newPINs.check("new-pin-file", def), tokensPossible(def)); err != nil {
 		return err
 	}
 	if !f.resume {
@@ -190,7 +192,7 @@ func readAnswers(path string) (map[string]string, error) {
 func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.People, def *ceremony.Definition) error {
 	printHead(&c.printer, def)
 	began := time.Now()
-	source := &tokenSource{def: def, dir: f.dir, out: f.out, console: c, pinFiles: f.pins}
+	source := &tokenSource{def: def, dir: f.dir, out: f.out, console: c, pinFiles: f.pins, newPINFiles: f.newPINs}
 	binary, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
@@ -200,7 +202,7 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 		progress = c.brief
 	}
 	opts := ceremony.Options{
-		Open: source.open, Inspect: source.inspect, People: people, Dir: f.out,
+		Open: source.open, Inspect: source.inspect, ChangePIN: source.changePIN, People: people, Dir: f.out,
 		Now: clock, Binary: binary, Resume: f.resume, Progress: progress, Bundle: f.bundle, Previous: f.before,
 	}
 	custodians := f.custodians(source, def)

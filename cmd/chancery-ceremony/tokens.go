@@ -24,7 +24,9 @@ type tokenSource struct {
 	out      string // its outputs
 	console  *console
 	pinFiles pinFiles
-	soft     softTokens // of a rehearsal
+	// newPINFiles have what the PINs become.
+	newPINFiles pinFiles
+	soft        softTokens // of a rehearsal
 }
 
 // tpmFolder is where the key files of a TPM are, below the outputs, if its URI
