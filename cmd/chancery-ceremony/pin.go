@@ -126,7 +126,7 @@ const newPINTries = 5
 
 // newSecret asks for what is to be kept, until it was typed twice alike.
 func (c *console) newSecret(ctx context.Context, what string) ([]byte, error) {
-	c.line("Write the %s on its paper before you type it. It is asked for twice.", what)
+	c.paragraph("", "Write the "+what+" on its paper before you type it. It is asked for twice.")
 	for range newPINTries {
 		first, err := c.secretOf(ctx, what)
 		if err != nil {
@@ -158,7 +158,7 @@ func (s *tokenSource) changePIN(ctx context.Context, name string, begun bool) (a
 	}
 	if s.def.Environment == ceremony.Production {
 		s.console.line("")
-		s.console.line("The PIN of token %s is changed: first the one that it has, then the new.", name)
+		s.console.paragraph("", "The PIN of token "+name+" is changed: first the one that it has, then the new.")
 	}
 	old, err := s.pin(ctx, name)
 	if err != nil {
