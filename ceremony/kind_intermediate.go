@@ -83,8 +83,8 @@ func (d *Definition) checkRequest(f *faults) {
 		}
 	}
 	for _, name := range sorted(d.Keys) {
-		if k := d.Keys[name]; k.Protection != "" || k.Backup != nil {
-			f.add("keys: %s: the key is made elsewhere: only alg is said here", name)
+		if k := d.Keys[name]; k.Token != "" || k.Protection != "" || k.Backup != nil {
+			f.add("keys: %s: the key is made elsewhere: alg is all that is said of it here", name)
 		}
 	}
 	if d.TUF != nil {

@@ -850,3 +850,49 @@ func TestOtherDeviceOfTheName(t *testing.T) {
 		t.Errorf("%d keys (%v), want none", n, err)
 	}
 }
+
+func TestApartDefinitions(t *testing.T) {
+	l := &life{t: t, id: "genesis-1"}
+	csr, sign := l.csrSource(DemoOnlineToken, ""), l.signSource(Hash{})
+	for _, tc := range []struct{ name, source, old, new, want string }{
+		{"no predecessor", csr, "previous: {", "#", "continues a ceremony"},
+		{"a signature without a predecessor", sign, "previous: {", "#", "continues a ceremony"},
+		{"no request", sign, "request: {", "#", "request: the kind"},
+		{"a request of a request", csr, "rotation: {", "request: {ceremony: a-b, head: \"" + strings.Repeat("00", 32) + "\"}\nrotation: {", "request: the kind"},
+		{"a request of itself", sign, "request: {ceremony: " + csrID, "request: {ceremony: " + signID, "request: ceremony"},
+		{"a head that is short", sign, "head: \"00", "head: \"", "request: head"},
+		{"a head in capitals", sign, "head: \"00", "head: \"AA", "request: head"},
+		{"a head that is a number", sign, "head: \"" + strings.Repeat("00", 32) + "\"", "head: " + strings.Repeat("00", 32), "write it in quotes"},
+		{"no overlap", csr, "rotation: {overlap: 7d}\n", "", "overlap"},
+		{"a rotation at the root", sign, "keys: {", "rotation: {overlap: 7d}\nkeys: {", "rotates nothing"},
+		{"a key without a token", csr, "token: online, ", "", "unknown token"},
+		{"a key in the root's token", sign, "keys: {inter-g2: {", "keys: {inter-g2: {token: root, ", "made elsewhere"},
+		{"a key with a protection", sign, "alg: ecdsa-p256", "alg: ecdsa-p256, protection: non-extractable", "made elsewhere"},
+		{"no key", sign, "keys: {inter-g2: {alg: ecdsa-p256}}", "", "unknown key"},
+		{"two keys", csr, "keys: {", "keys: {tuf-online: {token: online, alg: ecdsa-p256}, ", "one intermediate with one key"},
+		{"two certificates", csr, "certificates:\n", "certificates:\n  other: {key: inter-g2, issuer: root, subject: {o: a, cn: b}, years: 3, path-len: 0, eku: [codeSigning]}\n", "one intermediate with one key"},
+		{"a timestamp authority", csr, "issuer: root, subject: {o: Chancery Demo, cn: Sigstore Intermediate G2}, years: 3, path-len: 0, eku: [codeSigning]",
+			"issuer: tsa-root, subject: {o: a, cn: b}, years: 3, eku: [timeStamping]", "one intermediate with one key"},
+		{"the timestamp root as issuer", csr, "issuer: root", "issuer: tsa-root", "issuer: \"tsa-root\", want root"},
+		{"a root of its own", csr, "issuer: root, subject", "self-signed: true, subject", "issuer: \"\", want root"},
+		{"a list", sign, "keys: {", "crl: {valid: 30d}\nkeys: {", "crl, drills"},
+		{"custodians at the root", sign, "keys: {", custodiansOf("c1", "c2") + "keys: {", "custodians sign in the intermediate-csr"},
+		{"a shard", csr, "keys: {", "service: {logs: {ct: {shard: ct2}}}\nkeys: {", "makes no shards"},
+		{"an address", sign, "keys: {", "service: {url: \"https://a.example\"}\nkeys: {", "url and oidc"},
+		{"two machines", sign, `uri: "pkcs11:token=root"`, `uri: "pkcs11:token=root", machine: offline`, "happens on one machine"},
+		{"a drill", csr, "keys: {", "drills: [{key: root, token: online}]\nkeys: {", "drills"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if _, err := ParseDefinition([]byte(tc.source)); err != nil {
+				t.Fatalf("before the change: %v", err)
+			}
+			changed := strings.Replace(tc.source, tc.old, tc.new, 1)
+			if changed == tc.source {
+				t.Fatalf("the definition has no %q", tc.old)
+			}
+			if _, err := ParseDefinition([]byte(changed)); !errors.Is(err, ErrDefinition) || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
