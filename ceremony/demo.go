@@ -19,7 +19,16 @@ type DemoParameters struct {
 	Issuers []string
 	// Now is the time, for the ceremony's id.
 	Now time.Time
+	// Custodians are those of a TUF repository; more than half of them sign. None
+	// means no repository.
+	Custodians []TUFSigner
 }
+
+// Threshold is how many of the custodians sign.
+func (p DemoParameters) Threshold() int { return len(p.Custodians)/2 + 1 }
+
+// ID is the ceremony's id.
+func (p DemoParameters) ID() string { return "demo-" + p.Now.UTC().Format("20060102t150405z") }
 
 // DemoTokens are the names of the tokens in a demonstration's definition.
 const (
@@ -36,10 +45,7 @@ func DemoDefinition(p DemoParameters) (*Definition, error) {
 		return nil, fmt.Errorf("parse demo definition: %w", err)
 	}
 	var b bytes.Buffer
-	if err := t.Execute(&b, struct {
-		ID, URL string
-		Issuers []string
-	}{"demo-" + p.Now.UTC().Format("20060102t150405z"), p.URL, p.Issuers}); err != nil {
+	if err := t.Execute(&b, p); err != nil {
 		return nil, fmt.Errorf("make demo definition: %w", err)
 	}
 	d, err := ParseDefinition(b.Bytes())

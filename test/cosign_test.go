@@ -103,6 +103,36 @@ func TestCosignBlob(t *testing.T) {
 	}
 }
 
+// TestCosignDemo does what the demo says, word for word.
+func TestCosignDemo(t *testing.T) {
+	path := cosign(t)
+	dir := filepath.Join(t.TempDir(), "a demo")
+	d := startDemo(t, dir)
+	_, text, _ := strings.Cut(d.log.String(), "cosign 3 signs and verifies")
+	script := ""
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "  ") {
+			script += line
+		}
+	}
+	if n := strings.Count(script, "cosign "); n != 5 || !strings.Contains(script, "cosign initialize") {
+		t.Fatalf("%d commands in:\n%s", n, text)
+	}
+	home := t.TempDir()
+	if err := os.Symlink(path, filepath.Join(home, "cosign")); err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"HOME=" + home, "DOCKER_CONFIG=" + home, "PATH=" + home + ":" + os.Getenv("PATH"), "COSIGN_EXPERIMENTAL=", "SIGSTORE_ID_TOKEN="}
+	must(t, env, "sh", "-e", "-c", `cd "$1" && eval "$2"`, "sh", home, script)
+
+	// At another address the custodians' files are not the demo's any more.
+	d.stop()
+	d = startDemo(t, dir, "--listen", freePort(t))
+	if strings.Contains(d.log.String(), "cosign initialize") {
+		t.Errorf("a demo that has moved says:\n%s", d.log)
+	}
+}
+
 // TestCosignDevice: without a token cosign logs in by the device flow.
 func TestCosignDevice(t *testing.T) {
 	c := newClient(t)

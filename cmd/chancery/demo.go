@@ -24,7 +24,7 @@ func newDemo() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Run everything on one folder, sign a file and verify it",
-		Long: "Make two SoftHSM tokens, rehearse the key ceremony on them, start the service and\n" +
+		Long: "Make SoftHSM tokens, rehearse the key ceremony on them, start the service and\n" +
 			"an identity provider that approves one user, sign a file as a client would, and\n" +
 			"verify it. The folder is kept: the next demo opens it again, with the same keys\n" +
 			"and logs. Everything listens on 127.0.0.1. It is for trying out, not for use.",
@@ -129,16 +129,28 @@ func (p *printer) explain(d *demo.Demo, once bool) {
 	p.printf(`
 With the demo running, cosign 3 signs and verifies against it:
 
-  D=%s
-  export SSL_CERT_FILE=$D/tls-ca.pem
-  cosign sign-blob --signing-config $D/signing_config.v0.2.json \
-    --trusted-root $D/trusted_root.json --identity-token $D/token \
-    --bundle my.sigstore.json --yes $D/hello.txt
-  cosign verify-blob --trusted-root $D/trusted_root.json \
+  cd %s
+  export SSL_CERT_FILE=$PWD/tls-ca.pem
+  cosign sign-blob --signing-config signing_config.v0.2.json \
+    --trusted-root trusted_root.json --identity-token token \
+    --bundle my.sigstore.json --yes hello.txt
+  cosign verify-blob --trusted-root trusted_root.json \
     --certificate-identity %s \
     --certificate-oidc-issuer %s \
-    --bundle my.sigstore.json $D/hello.txt
+    --bundle my.sigstore.json hello.txt
 `, quote(d.Dir()), demo.Email, d.Issuer())
+	if mirror, root, ok := d.TUF(); ok {
+		p.printf(`
+or is told once whom to follow, by TUF, and then needs no file:
+
+  export TUF_ROOT=$PWD/cosign
+  cosign initialize --mirror %s --root %s
+  cosign sign-blob --identity-token token --bundle my.sigstore.json --yes hello.txt
+  cosign verify-blob --certificate-identity %s \
+    --certificate-oidc-issuer %s \
+    --bundle my.sigstore.json hello.txt
+`, mirror, root, demo.Email, d.Issuer())
+	}
 	if !once {
 		p.printf("\nThe token is renewed while the demo runs. Stop with Ctrl-C.\n")
 	}

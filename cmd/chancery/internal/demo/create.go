@@ -33,11 +33,8 @@ func (d *Demo) create(ctx context.Context) error {
 	if err := d.createKeys(); err != nil {
 		return err
 	}
-	def, err := ceremony.DemoDefinition(ceremony.DemoParameters{URL: d.url, Issuers: []string{d.saved.Issuer}, Now: time.Now()})
+	def, err := d.rehearse(ctx)
 	if err != nil {
-		return err
-	}
-	if err := d.rehearse(ctx, def); err != nil {
 		return err
 	}
 	for name, to := range map[string]string{
@@ -82,35 +79,60 @@ func (d *Demo) createKeys() error {
 	return nil
 }
 
-// rehearse makes two tokens and performs the ceremony on them.
-func (d *Demo) rehearse(ctx context.Context, def *ceremony.Definition) (err error) {
+// custodians of the demo's TUF repository; two of them have to sign.
+var custodians = []string{"c1", "c2", "c3"}
+
+// rehearse makes the tokens and performs the ceremony on them. It returns the
+// ceremony's definition.
+func (d *Demo) rehearse(ctx context.Context) (def *ceremony.Definition, err error) {
 	began := time.Now()
 	home, err := softhsm.Create(d.at.tokens())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	tokens := map[string]hsm.Token{}
+	tokens, keys := map[string]hsm.Token{}, map[string]hsm.Key{}
 	defer func() {
 		for _, token := range tokens {
 			err = errors.Join(err, token.Close())
 		}
 	}()
-	for _, name := range []string{ceremony.DemoRootToken, ceremony.DemoOnlineToken} {
+	for _, name := range append([]string{ceremony.DemoRootToken, ceremony.DemoOnlineToken}, custodians...) {
 		if tokens[name], err = d.newToken(ctx, home, name); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	d.opts.Step("tokens", "two SoftHSM tokens, root and online", time.Since(began))
+	parameters := ceremony.DemoParameters{URL: d.url, Issuers: []string{d.saved.Issuer}, Now: time.Now()}
+	for _, name := range custodians {
+		if keys[name], err = custodianKey(ctx, tokens[name]); err != nil {
+			return nil, fmt.Errorf("make key of custodian %s: %w", name, err)
+		}
+		ref := keys[name].Ref()
+		parameters.Custodians = append(parameters.Custodians, ceremony.TUFSigner{ID: name, Key: ref.URI, SPKISHA256: hex.EncodeToString(ref.SPKI[:])})
+	}
+	if def, err = ceremony.DemoDefinition(parameters); err != nil {
+		return nil, err
+	}
+	d.opts.Step("tokens", fmt.Sprintf("%d SoftHSM tokens: root, online, %d custodians", len(tokens), len(custodians)), time.Since(began))
 	began = time.Now()
 	result, err := ceremony.Rehearse(ctx, def, ceremony.Options{
-		Tokens: tokens, Dir: d.at.trust(), Now: func() (time.Time, error) { return time.Now().UTC(), nil },
+		Tokens:    map[string]hsm.Token{ceremony.DemoRootToken: tokens[ceremony.DemoRootToken], ceremony.DemoOnlineToken: tokens[ceremony.DemoOnlineToken]},
+		Custodian: func(_ context.Context, id string) (hsm.Key, error) { return keys[id], nil },
+		Dir:       d.at.trust(), Now: func() (time.Time, error) { return time.Now().UTC(), nil },
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d.opts.Step("ceremony", fmt.Sprintf("%d keys, %d certificates, %d records in the transcript",
 		len(result.Keys.Keys), len(result.Certificates), result.Records), time.Since(began))
-	return nil
+	return def, nil
+}
+
+// custodianKey makes a custodian's key in their own token, which is how
+// `chancery-ceremony custodian key` does it.
+func custodianKey(ctx context.Context, token hsm.Token) (hsm.Key, error) {
+	id := make([]byte, hsm.IDSize)
+	_, _ = rand.Read(id) // never fails
+	return token.Generate(ctx, hsm.Spec{Label: "tuf", ID: id, Algorithm: hsm.ECDSAP256})
 }
 
 // newToken initialises a token with random PINs; the user PIN is kept in a

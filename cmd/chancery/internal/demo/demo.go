@@ -1,6 +1,7 @@
-// Package demo runs a whole Chancery on one folder: two SoftHSM tokens, a
-// rehearsed key ceremony, an identity provider that approves one user, and the
-// service, all on loopback addresses.
+// Package demo runs a whole Chancery on one folder: SoftHSM tokens, two of the
+// service and one for each custodian of the TUF repository, a rehearsed key
+// ceremony, an identity provider that approves one user, and the service, all on
+// loopback addresses.
 //
 // It promises that everything it makes is below the one folder, that a folder
 // which is complete is reopened as it is (no ceremony, same keys, same logs),
@@ -14,6 +15,7 @@
 package demo
 
 import (
+	"bytes"
 	"context"
 	"crypto/rsa"
 	"encoding/json"
@@ -270,6 +272,25 @@ func (d *Demo) keepToken(ctx context.Context) {
 // Trust returns the files by which a client knows the demo.
 func (d *Demo) Trust() client.Trust {
 	return client.Trust{TrustedRoot: d.at.trustedRoot(), SigningConfig: d.at.signingConfig(), TLSCA: d.at.tlsCA()}
+}
+
+// TUF returns the mirror's URL and the path of its first root below the folder,
+// for clients that follow a TUF repository. ok is false when there is none, or
+// when the service has moved since the custodians signed where it is.
+func (d *Demo) TUF() (mirror, root string, ok bool) {
+	root = filepath.Join("trust", "tuf", "1.root.json")
+	signed, err := os.ReadFile(d.at.path("trust", "signing_config.v0.2.json"))
+	if err != nil {
+		return "", "", false
+	}
+	now, err := os.ReadFile(d.at.signingConfig())
+	if err != nil || !bytes.Equal(signed, now) {
+		return "", "", false
+	}
+	if _, err := os.Stat(d.at.path(root)); err != nil {
+		return "", "", false // of a version that made none
+	}
+	return d.url + "/tuf", root, true
 }
 
 // Dir is the demo's folder, absolute.
