@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
@@ -150,4 +151,73 @@ func anotherIntermediate(t *testing.T, practice string) string {
 		must(t, nil, program, "verify", outputs)
 	}
 	return online
+}
+
+// TestIntermediateApart is the same in production, at terminals: two tokens with
+// PINs of their own, two definitions, two copies of the genesis' outputs, people
+// who compare words, custodians and witnesses.
+func TestIntermediateApart(t *testing.T) {
+	needSoftHSM(t)
+	r := newRoom(t)
+	online := r.perform("genesis", r.genesis(), "")
+	root := filepath.Join(t.TempDir(), "out") // the copy in the root's safe
+	if err := os.CopyFS(root, os.DirFS(online)); err != nil {
+		t.Fatal(err)
+	}
+	const certificate = `certificates:
+  inter-g2: {key: inter-g2, issuer: root, subject: {o: Acme, cn: Acme Sigstore Intermediate G2}, years: 3, path-len: 0, eku: [codeSigning]}
+`
+	pin := "online=" + r.path("acme-online.pin")
+	asks := r.waits("csr", r.head("acme-inter-2026", "intermediate-csr", online)+"tokens:\n"+fmt.Sprintf(onlineToken, "")+certificate+
+		"rotation: {overlap: 1d}\nkeys: {inter-g2: {token: online, alg: ecdsa-p256}}\n", online, "--pin-file", pin)
+	request := r.exported(asks, "request.tar")
+
+	id, last := lastRecord(t, asks)
+	definition, _, _ := strings.Cut(r.head("acme-inter-2026-sign", "sign-intermediate", root), "tuf:")
+	signs := r.waits("sign", definition+"tokens:\n"+fmt.Sprintf(rootToken, "")+certificate+
+		fmt.Sprintf("request: {ceremony: %s, head: %q}\nkeys: {inter-g2: {alg: ecdsa-p256}}\n", id, last), root)
+	if status, text := r.converse(signs, "import", signs, request); status != 0 {
+		t.Fatalf("import at the root: status %d\n%s", status, text)
+	}
+	r.ceremony("verify", signs)
+	response := r.exported(signs, "response.tar")
+
+	r.before = online
+	r.printed = "" // nobody is asked for words of the definition any more
+	if status, text := r.converse(asks, "import", asks, response, "--pin-file", pin); status != 0 {
+		t.Fatalf("import online: status %d\n%s", status, text)
+	}
+	r.ceremony("verify", asks)
+	r.serve(asks)
+	defer r.stop()
+	users := r.clients(asks, "")
+	users.verifyAll(users.sign("apart"))
+	if issuer := certificateOf(t, filepath.Join(asks, "intermediate.pem")); issuer.Subject.CommonName != "Acme Sigstore Intermediate G2" {
+		t.Errorf("the intermediate is %s", issuer.Subject)
+	}
+}
+
+// waits performs a ceremony until it waits for a bundle, and returns its outputs.
+func (r *room) waits(name, definition, before string, args ...string) string {
+	r.t.Helper()
+	r.printed = ceremony.Words(sha256.Sum256([]byte(definition)))
+	r.before = before
+	out := filepath.Join(r.path(name), "out")
+	args = append([]string{"run", r.write(name+".yaml", definition, 0o600), "--dir", r.path(name), "--previous", before}, args...)
+	if status, text := r.converse(out, args...); status == 0 || !strings.Contains(text, ceremony.ErrBundle.Error()) {
+		r.t.Fatalf("%s: status %d\n%s", name, status, text)
+	}
+	return out
+}
+
+// exported writes the bundle, whose words somebody reads aloud from now on.
+func (r *room) exported(out, name string) string {
+	r.t.Helper()
+	_, words, _ := strings.Cut(r.ceremony("export", out, r.path(name)), "\nBundle       ")
+	hash, words, _ := strings.Cut(words, "\n")
+	words, _, _ = strings.Cut(words, "\nLast record")
+	if r.readAloud = strings.Join(strings.Fields(words), " "); len(hash) == 0 || len(strings.Fields(words)) != 24 {
+		r.t.Fatalf("no words: %q", words)
+	}
+	return r.path(name)
 }

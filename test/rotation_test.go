@@ -108,6 +108,7 @@ type room struct {
 	before     string // outputs that the ceremony continues, "" for the genesis
 	checkpoint string // path of the last one of the log that is replaced
 	printed    string // words of the definition, on everybody's paper
+	readAloud  string // words of a bundle, from the other machine's screen
 	machine    time.Duration
 	performed  int
 	end        func()
@@ -283,10 +284,24 @@ func (r *room) perform(name, definition, before string) string {
 	if before != "" {
 		args = append(args, "--previous", before)
 	}
-	cmd := exec.CommandContext(r.t.Context(), binary(r.t, "chancery-ceremony"), args...)
-	cmd.Env = append(os.Environ(), r.env...)
 	out := filepath.Join(r.path(name), "out")
 	began := time.Now()
+	if status, text := r.converse(out, args...); status != 0 {
+		r.t.Fatalf("%s: exit status %d\n%s", name, status, text)
+	}
+	took := time.Since(began)
+	r.machine, r.performed = r.machine+took, r.performed+1
+	r.t.Logf("%s: %.1f s", name, took.Seconds())
+	r.ceremony("verify", out)
+	return out
+}
+
+// converse runs a command at a terminal, has people answer what it asks, and
+// returns how it ended and what it said. out are the outputs of the ceremony.
+func (r *room) converse(out string, args ...string) (status int, text string) {
+	r.t.Helper()
+	cmd := exec.CommandContext(r.t.Context(), binary(r.t, "chancery-ceremony"), args...)
+	cmd.Env = append(os.Environ(), r.env...)
 	d := terminal.Start(r.t, cmd)
 	for {
 		passed, groups, ok := d.Next(asked)
@@ -299,17 +314,11 @@ func (r *room) perform(name, definition, before string) string {
 			}
 		}
 	}
-	if status := d.Exit(); status != 0 {
-		r.t.Fatalf("%s: exit status %d\n%s", name, status, d.Text())
-	}
-	took := time.Since(began)
-	r.machine, r.performed = r.machine+took, r.performed+1
-	r.t.Logf("%s: %.1f s", name, took.Seconds())
+	status = d.Exit()
 	if strings.Contains(d.Text(), rootPIN) {
 		r.t.Error("the PIN was shown")
 	}
-	r.ceremony("verify", out)
-	return out
+	return status, d.Text()
 }
 
 // answer is what the person types who is asked.
@@ -325,6 +334,9 @@ func (r *room) answer(out, kind, what, passed string) string {
 	switch kind {
 	case "words":
 		text := r.printed
+		if regexp.MustCompile(`becomes\s+part\s+of\s+this\s+ceremony`).MatchString(passed) {
+			text = r.readAloud
+		}
 		if at := strings.LastIndex(passed, "to be signed"); at >= 0 {
 			_, text, _ = strings.Cut(passed[at:], "in words")
 		}
