@@ -435,20 +435,10 @@ func TestPinnedKeys(t *testing.T) {
 // TestPublishedConfigurations: the configuration files in Fulcio's own module,
 // among them that of the public instance, are read unchanged.
 func TestPublishedConfigurations(t *testing.T) {
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/sigstore/fulcio")
-	out, err := cmd.Output()
-	dir := strings.TrimSpace(string(out))
-	if err != nil || dir == "" {
-		t.Skipf("the source of Fulcio is not at hand: %v", err)
-	}
 	for name, want := range map[string][3]int{ // issuers, meta-issuers, templates
 		"config/identity/config.yaml": {16, 9, 5},
 	} {
-		text, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg, err := ParseConfig(text)
+		cfg, err := ParseConfig(fulcioSource(t, name))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -463,4 +453,19 @@ func TestPublishedConfigurations(t *testing.T) {
 		}
 		v.Close()
 	}
+}
+
+// fulcioSource reads a file of Fulcio's module, or skips the test without it.
+func fulcioSource(t *testing.T, name string) []byte {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/sigstore/fulcio").Output()
+	dir := strings.TrimSpace(string(out))
+	if err != nil || dir == "" {
+		t.Skipf("the source of Fulcio is not at hand: %v", err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(name)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }

@@ -65,8 +65,11 @@ func usePreset(i Issuer) (Issuer, CIMetadata, error) {
 }
 
 // presets are the kinds of provider. The claims are those that each provider
-// documents for its ID tokens.
+// documents for its ID tokens; where Fulcio's public instance has templates for a
+// provider (config/identity/config.yaml of Fulcio 1.8), the names are the same.
 var presets = map[string]preset{
+	// docs.github.com, Actions, "OpenID Connect reference"; the address below the
+	// issuer is that of "Set the GitHub Actions OIDC custom issuer policy".
 	"github": {
 		about:     "https://token.actions.githubusercontent.com, or below it the slug of an enterprise",
 		issuer:    Issuer{Type: "ci-provider", CIProvider: "github"},
@@ -75,6 +78,8 @@ var presets = map[string]preset{
 			return "https://github.com", wantHost(u, "token.actions.githubusercontent.com")
 		},
 	},
+	// The same pages for Enterprise Server (HOST/_services/token), and "Feature
+	// overview for GitHub Enterprise Cloud with data residency" (ghe.com).
 	"github-enterprise": {
 		about:     "https://HOST/_services/token, or https://token.actions.NAME.ghe.com",
 		issuer:    Issuer{Type: "ci-provider", CIProvider: "github"},
@@ -89,6 +94,7 @@ var presets = map[string]preset{
 			return u.Scheme + "://" + u.Host, nil
 		},
 	},
+	// docs.gitlab.com, "OpenID Connect (OIDC) Authentication Using ID Tokens".
 	"gitlab": {
 		about:     "https://gitlab.com",
 		issuer:    Issuer{Type: "ci-provider", CIProvider: "gitlab"},
@@ -101,6 +107,7 @@ var presets = map[string]preset{
 		templates: gitlabTemplates,
 		site:      itself,
 	},
+	// buildkite.com/docs, "OIDC in Buildkite Pipelines" and "buildkite-agent oidc".
 	"buildkite": {
 		about:  "https://agent.buildkite.com",
 		issuer: Issuer{Type: "ci-provider", CIProvider: "buildkite"},
@@ -115,6 +122,8 @@ var presets = map[string]preset{
 		},
 		site: func(u *url.URL) (string, error) { return "https://buildkite.com", wantHost(u, "agent.buildkite.com") },
 	},
+	// circleci.com/docs, "Using OpenID Connect tokens in jobs"; the pipeline's
+	// definition is in both forms of token.
 	"circleci": {
 		about:  "https://oidc.circleci.com/org/ORGANIZATION-ID",
 		issuer: Issuer{Type: "ci-provider", CIProvider: "circleci"},
@@ -132,29 +141,71 @@ var presets = map[string]preset{
 		},
 		site: func(u *url.URL) (string, error) { return "https://circleci.com", wantHost(u, "oidc.circleci.com") },
 	},
+	// plugins.jenkins.io/oidc-provider: by default sub is JOB_URL, and the issuer of
+	// a credential is that of the root or of the folder that holds it.
 	"jenkins": {
 		about:  "the issuer of the OpenID Connect Provider plugin, https://HOST/oidc, or https://HOST/oidc/job/FOLDER; a token's subject is the URL of its job",
 		issuer: Issuer{Type: "uri"},
 		site:   jenkinsSite,
 	},
+	// kubernetes.io/docs, "Managing Service Accounts", "Service account token volume
+	// projection" and "Service account issuer discovery".
 	"kubernetes": {
 		about:  "the issuer of the cluster's service account tokens (kubectl get --raw /.well-known/openid-configuration)",
 		issuer: Issuer{Type: "kubernetes"},
 		site:   none,
 	},
+	// developers.google.com/identity, "OpenID Connect API reference". Tokens of old
+	// implementations, whose iss has no scheme, are refused.
 	"google": {
 		about:  "https://accounts.google.com",
 		issuer: Issuer{Type: "email"},
 		site:   func(u *url.URL) (string, error) { return "", wantHost(u, "accounts.google.com") },
 	},
+	// learn.microsoft.com/entra/identity-platform, "ID token claims reference" and
+	// "Optional claims reference": email is an optional claim, and there is no
+	// email_verified. Most clients sign nothing for an address without it
+	// (sigstore/pkg/oauthflow).
 	"entra": {
-		about:  "https://login.microsoftonline.com/TENANT-ID/v2.0, the tenant of one organisation, which alone decides who has which address",
+		about: "https://login.microsoftonline.com/TENANT-ID/v2.0, the tenant of one organisation, which alone decides who has which address; " +
+			"cosign and others want email_verified, which Entra has not: for them put Dex or Keycloak in between",
 		issuer: Issuer{Type: "email", SkipEmailVerification: true},
 		site:   func(u *url.URL) (string, error) { return "", checkEntra(u) },
 	},
-	"okta":     {about: "https://NAME.okta.com, or https://NAME.okta.com/oauth2/SERVER", issuer: Issuer{Type: "email"}, site: none},
+	// developer.okta.com, "OpenID Connect & OAuth 2.0 API", "ID token claims", and
+	// "Customize tokens returned from Okta": an ID token that comes with an access
+	// token has the address alone.
+	"okta": {
+		about: "https://NAME.okta.com/oauth2/SERVER, an authorization server whose ID tokens always have the claims email and email_verified; " +
+			"those of https://NAME.okta.com itself lack the second",
+		issuer: Issuer{Type: "email"}, site: none,
+	},
+	// keycloak.org/docs, "Server Administration Guide", "Client scopes": scope email
+	// has email and email_verified.
 	"keycloak": {about: "https://HOST/realms/REALM", issuer: Issuer{Type: "email"}, site: none},
-	"dex":      {about: "the issuer of Dex's configuration", issuer: Issuer{Type: "email"}, site: none},
+	// dexidp.io/docs, "Custom Scopes, Claims and Client Features": scope email;
+	// email_verified is what the provider behind Dex says.
+	"dex": {about: "the issuer of Dex's configuration", issuer: Issuer{Type: "email"}, site: none},
+}
+
+// forEverybody are the issuers, and meta-issuers, of which anybody in the world
+// can get a token: a private CA needs a policy for them.
+var forEverybody = []string{
+	"https://accounts.google.com", "https://agent.buildkite.com", "https://gitlab.com", "https://oidc.circleci.com",
+	"https://oidc.circleci.com/org/*", "https://token.actions.githubusercontent.com", "https://token.actions.githubusercontent.com/*",
+}
+
+// ForEverybody returns which of the configured issuers and meta-issuers are known
+// to give tokens to anybody, in order.
+func (c Config) ForEverybody() []string {
+	var out []string
+	for _, url := range forEverybody {
+		_, exact := c.OIDCIssuers[url]
+		if _, pattern := c.MetaIssuers[url]; exact || pattern {
+			out = append(out, url)
+		}
+	}
+	return out
 }
 
 // circleDefinition is the address of a pipeline's definition.

@@ -72,6 +72,57 @@ func TestPresets(t *testing.T) {
 	}
 }
 
+// TestPresetsLikePublicFulcio: a token of a provider of the public instance makes
+// the same name and extensions by the preset as by the templates that Fulcio
+// publishes, but for one that is mended.
+func TestPresetsLikePublicFulcio(t *testing.T) {
+	cfg, err := ParseConfig(fulcioSource(t, "config/identity/config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	circle := map[string]any{
+		"sub": "org/1/project/2/user/3/vcs-origin/github.com/o/r/vcs-ref/refs/heads/main", "oidc.circleci.com/project-id": "p-1",
+		"oidc.circleci.com/pipeline-definition-id": "d-1", "oidc.circleci.com/pipeline-id": "l-1", "oidc.circleci.com/workflow-id": "w-1",
+		"oidc.circleci.com/job-id": "j-1", "oidc.circleci.com/ssh-rerun": true, "oidc.circleci.com/vcs-origin": "github.com/o/r",
+		"oidc.circleci.com/vcs-ref": "refs/heads/main",
+	}
+	for preset, test := range map[string]struct {
+		issuer string
+		claims map[string]any
+		mend   func(*certificate.Extensions) // what Fulcio's template makes
+	}{
+		"github":    {"https://token.actions.githubusercontent.com", with(workflow, map[string]any{"environment": "production"}), nil},
+		"gitlab":    {"https://gitlab.com", with(pipeline, map[string]any{"environment": "production"}), nil},
+		"buildkite": {"https://agent.buildkite.com", job, nil},
+		"circleci": {"https://oidc.circleci.com", circle, func(e *certificate.Extensions) {
+			e.RunInvocationURI = strings.Replace(e.RunInvocationURI, "circleci.com//", "circleci.com/", 1)
+		}},
+	} {
+		t.Run(preset, func(t *testing.T) {
+			c := asClaims(t, with(test.claims, map[string]any{"iss": test.issuer}))
+			principal := func(i Issuer) *Principal {
+				i.IssuerURL = test.issuer
+				k, err := cfg.know(i)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := k.kind.principal(k.Issuer, c)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return p
+			}
+			want, got := principal(cfg.OIDCIssuers[test.issuer]), principal(Issuer{ClientID: "sigstore", Preset: preset})
+			if test.mend != nil {
+				test.mend(&want.Extensions)
+			}
+			if d := cmp.Diff([]any{want.SAN, want.Extensions}, []any{got.SAN, got.Extensions}); d != "" {
+				t.Errorf("-Fulcio +preset:\n%s", d)
+			}
+		})
+	}
+}
+
 func TestPresetRefusals(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -132,6 +183,26 @@ func TestNamesStayAtTheSite(t *testing.T) {
 	p, err := k.kind.principal(k.Issuer, asClaims(t, with(workflow, map[string]any{"iss": "https://token.actions.githubusercontent.com", "workflow": "{{.sub}}"})))
 	if err != nil || p.Extensions.GithubWorkflowName != "{{.sub}}" {
 		t.Errorf("%v, %v", p, err)
+	}
+}
+
+// TestForEverybody: an issuer that anybody can get a token of is known by its
+// address, with and without a preset.
+func TestForEverybody(t *testing.T) {
+	cfg := Config{OIDCIssuers: map[string]Issuer{}, MetaIssuers: map[string]Issuer{"https://oidc.circleci.com/org/*": {}, "https://oidc.*.acme.example/id": {}}}
+	for _, url := range []string{
+		"https://token.actions.githubusercontent.com", "https://token.actions.githubusercontent.com/acme", "https://gitlab.com",
+		"https://gitlab.acme.example", "https://agent.buildkite.com", "https://oidc.circleci.com", "https://oidc.circleci.com/org/1",
+		"https://accounts.google.com", "https://idp.acme.example",
+	} {
+		cfg.OIDCIssuers[url] = Issuer{}
+	}
+	want := []string{
+		"https://accounts.google.com", "https://agent.buildkite.com", "https://gitlab.com", "https://oidc.circleci.com",
+		"https://oidc.circleci.com/org/*", "https://token.actions.githubusercontent.com",
+	}
+	if d := cmp.Diff(want, cfg.ForEverybody()); d != "" {
+		t.Error(d)
 	}
 }
 
