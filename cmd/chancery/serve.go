@@ -215,6 +215,9 @@ func newConfig() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			for _, issuer := range service.ForEverybody(cfg) {
+				p.printf("note      anybody can get a token of %s,\n          and without ca.policy a certificate\n", issuer)
+			}
 			p.printf("good      %s\n", path)
 			return p.err
 		},

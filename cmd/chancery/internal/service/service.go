@@ -354,11 +354,23 @@ func (s *Service) openCA(ctx context.Context, chain []*x509.Certificate, log cer
 	if err != nil {
 		return nil, fmt.Errorf("open identity issuers: %w", err)
 	}
+	for _, issuer := range ForEverybody(s.cfg) {
+		s.log.Warn("anybody can get a token of this issuer, and without a policy a certificate", "issuer", issuer)
+	}
 	server, err := caserver.New(caserver.Config{Authority: authority, Identity: s.identity, Logger: s.log})
 	if err != nil {
 		return nil, fmt.Errorf("open issuance server: %w", err)
 	}
 	return server, nil
+}
+
+// ForEverybody returns the configured issuers of which anybody in the world can
+// get a token, if there is no policy that says who of them gets a certificate.
+func ForEverybody(cfg *config.Config) []string {
+	if len(cfg.CA.Policy) > 0 {
+		return nil
+	}
+	return cfg.CA.ForEverybody()
 }
 
 func (s *Service) openTSA() (*tsa.Authority, error) {
