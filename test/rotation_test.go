@@ -91,6 +91,9 @@ func rotation(t *testing.T, cosignPath string) {
 	before.files(old)        // and are as good as ever for what they know
 	r.revoked(last, oldInter)
 	r.oldShard(genesis, last, old, oldLast)
+	r.stop()
+	r.revokedStops(genesis, last)
+	r.damagedShard(last)
 }
 
 // room is what people and machines of a production ceremony need: tokens, keys
@@ -706,6 +709,38 @@ func (r *room) oldShard(genesis, last string, bundles map[string]string, seen []
 	}
 	r.open(last, r.s.get("/api/v2/checkpoint", http.StatusOK))
 	r.open(last, r.s.get("/log/log2026-2/api/v2/checkpoint", http.StatusOK))
+}
+
+// revokedStops puts the new list beside the old intermediate: the service does not
+// run it, and is not to be started again.
+func (r *room) revokedStops(genesis, last string) {
+	r.t.Helper()
+	trust := filepath.Join(r.t.TempDir(), "trust")
+	if err := os.CopyFS(trust, os.DirFS(genesis)); err != nil {
+		r.t.Fatal(err)
+	}
+	overwrite(r.t, filepath.Join(trust, "root.crl"), mustRead(r.t, filepath.Join(last, "root.crl")))
+	r.settings["trust"] = trust
+	r.s.write(r.t, r.settings)
+	if got := command(r.t, r.s.env, binary(r.t, "chancery"), "serve", "--config", r.s.config); got.code != 77 || !strings.Contains(lastError(got.stderr), "certificate is revoked") {
+		r.t.Errorf("a revoked intermediate: exit status %d\n%s", got.code, got.stderr)
+	}
+}
+
+// damagedShard puts another head into the old shard's anchor: nothing of the
+// shard is shown, and all else is as before.
+func (r *room) damagedShard(last string) {
+	r.t.Helper()
+	r.settings["trust"] = last
+	r.s.write(r.t, r.settings)
+	anchors := filepath.Join(r.path("state"), "anchor")
+	overwrite(r.t, filepath.Join(anchors, "rekor-log2026-1.anchor"), mustRead(r.t, filepath.Join(anchors, "rekor-log2026-2.anchor")))
+	r.end = r.s.serve()
+	if answer := string(r.s.get("/readyz", http.StatusOK)); !strings.Contains(answer, "frozen log rekor-log2026-1") {
+		r.t.Errorf("readyz says %s", answer)
+	}
+	r.s.get("/log/log2026-1/api/v2/checkpoint", http.StatusNotFound)
+	r.s.get("/log/log2026-2/api/v2/checkpoint", http.StatusOK)
 }
 
 // open verifies a checkpoint with rekor.pub of a ceremony.

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/chancery-ca/chancery/cmd/internal/memory"
+	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -62,7 +63,7 @@ func exitStatus(err error) int {
 	switch {
 	case errors.As(err, &usage):
 		return exitUsage
-	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrPolicy), errors.Is(err, hsm.ErrMismatch):
+	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrPolicy), errors.Is(err, hsm.ErrMismatch), errors.Is(err, service.ErrRevoked):
 		return exitRefused
 	}
 	return exitFailed
