@@ -114,7 +114,9 @@ func notify(logger *slog.Logger, state string) {
 func startHint(err error) error {
 	switch {
 	case errors.Is(err, service.ErrNoLogs):
-		return hint(err, "a new service needs its logs made once: chancery init --config FILE")
+		return hint(err, "a new service needs its logs made once: chancery init --config FILE; after a rotation the new shard: chancery init --add --config FILE")
+	case errors.Is(err, service.ErrRevoked):
+		return hint(err, "its successor is in the outputs of the ceremony that revoked it: trust in the configuration names their folder")
 	case errors.Is(err, audit.ErrNotFound):
 		return hint(err, "the state of a version without an audit gets one by: chancery init --add --config FILE; one that is gone is to be restored")
 	case errors.Is(err, audit.ErrDamaged):
