@@ -152,7 +152,7 @@ func (c *console) newSecret(ctx context.Context, what string) ([]byte, error) {
 // both PINs: which one the token has it finds out itself. In a rehearsal the new
 // PIN is made, and takes the old one's place when the token has it.
 func (s *tokenSource) changePIN(ctx context.Context, name string, begun bool) (already bool, err error) {
-	module, uri, err := s.pkcs11(name)
+	module, uri, err := s.pkcs11(ctx, name)
 	if err != nil {
 		return false, err
 	}

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,6 +40,12 @@ func changePKCS11(ctx context.Context, module, uri string, old, next []byte, beg
 	return pkcs11.ChangePIN(ctx, pkcs11.PINChange{Module: module, URI: uri, Old: old, New: next, Begun: begun})
 }
 
+// pairPKCS11 makes a wrapping key in two tokens, neither of which is open.
+func pairPKCS11(ctx context.Context, label string, source, target officer) (hsm.Pairing, error) {
+	return pkcs11.Pair(ctx, label, pkcs11.Officer{Module: source.module, URI: source.uri, PIN: source.pin},
+		pkcs11.Officer{Module: target.module, URI: target.uri, PIN: target.pin})
+}
+
 // inspectPKCS11 wants exactly one token that fits.
 func inspectPKCS11(ctx context.Context, module, uri string) (hsm.Inspection, error) {
 	found, err := pkcs11.Inspect(ctx, module, uri)
@@ -57,9 +62,8 @@ func inspectPKCS11(ctx context.Context, module, uri string) (hsm.Inspection, err
 type softTokens struct{ home *softhsm.Home }
 
 // make makes, or after an interruption finds, the token with this label below
-// dir, and returns the library. The SO-PIN is forgotten, nobody re-initialises a
-// rehearsal's token.
-func (s *softTokens) make(dir, label string, pin []byte) (module string, err error) {
+// dir, and returns the library.
+func (s *softTokens) make(dir, label string, soPIN, pin []byte) (module string, err error) {
 	if real, err := filepath.EvalSymlinks(dir); err == nil { // of an earlier rehearsal
 		dir = real
 	}
@@ -73,7 +77,7 @@ func (s *softTokens) make(dir, label string, pin []byte) (module string, err err
 			return "", err
 		}
 	}
-	err = s.home.InitToken(label, []byte(rand.Text()), pin)
+	err = s.home.InitToken(label, soPIN, pin)
 	if err != nil && !errors.Is(err, hsm.ErrExists) {
 		return "", fmt.Errorf("make token: %w", err)
 	}

@@ -40,7 +40,11 @@ func inspectPKCS11(context.Context, string, string) (hsm.Inspection, error) {
 	return hsm.Inspection{}, errNoCgo
 }
 
+func pairPKCS11(context.Context, string, officer, officer) (hsm.Pairing, error) {
+	return hsm.Pairing{}, errNoCgo
+}
+
 // softTokens cannot be.
 type softTokens struct{}
 
-func (*softTokens) make(string, string, []byte) (string, error) { return "", errNoCgo }
+func (*softTokens) make(string, string, []byte, []byte) (string, error) { return "", errNoCgo }

@@ -32,8 +32,11 @@ A definition that continues a ceremony is rehearsed after a rehearsal of that
 one: --previous names its outputs, and --tokens its folder, for the root that
 signs is there.
 
+If a key has a wrapped backup, the rehearsal pairs the two software tokens, as
+the security officers of the real ones do before the ceremony.
+
 Below DIR it leaves tokens/ (the software tokens), pins/ (their random PINs,
-mode 0400) and the definition's output folder.`,
+mode 0400), pairings/ and the definition's output folder.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			def, err := readDefinition(args[0])

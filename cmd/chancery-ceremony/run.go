@@ -202,7 +202,7 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 		progress = c.brief
 	}
 	opts := ceremony.Options{
-		Open: source.open, Inspect: source.inspect, ChangePIN: source.changePIN, People: people, Dir: f.out,
+		Open: source.open, Inspect: source.inspect, ChangePIN: source.changePIN, Pairing: source.pairing, People: people, Dir: f.out,
 		Now: clock, Binary: binary, Resume: f.resume, Progress: progress, Bundle: f.bundle, Previous: f.before,
 	}
 	custodians := f.custodians(source, def)

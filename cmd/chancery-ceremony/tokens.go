@@ -44,7 +44,7 @@ func (s *tokenSource) inspect(ctx context.Context, name string) (hsm.Inspection,
 		seen.Token.Label = folder // as the opened token has it
 		return seen, err
 	}
-	module, uri, err := s.pkcs11(name)
+	module, uri, err := s.pkcs11(ctx, name)
 	if err != nil {
 		return hsm.Inspection{}, err
 	}
@@ -60,7 +60,7 @@ func (s *tokenSource) open(ctx context.Context, name string) (hsm.Token, error) 
 	case isTPM:
 		return s.openTPM(ctx, name, folder, device)
 	}
-	module, uri, err := s.pkcs11(name) // before anybody types a PIN
+	module, uri, err := s.pkcs11(ctx, name) // before anybody types a PIN
 	if err != nil {
 		return nil, err
 	}
@@ -97,20 +97,33 @@ func (s *tokenSource) pin(ctx context.Context, name string) ([]byte, error) {
 }
 
 // pkcs11 returns the library and the URI of a token, which a rehearsal makes
-// first.
-func (s *tokenSource) pkcs11(name string) (module, uri string, err error) {
+// first, and pairs with the one that gets its backups.
+func (s *tokenSource) pkcs11(ctx context.Context, name string) (module, uri string, err error) {
 	t := s.def.Tokens[name]
 	if s.def.Environment != ceremony.Rehearsal {
 		m := s.def.Modules[t.Module]
 		return m.Path, t.URI, m.Check()
 	}
+	if err := s.pairUp(ctx); err != nil {
+		return "", "", err
+	}
+	return s.makeSoft(name)
+}
+
+// makeSoft makes a rehearsal's token, or finds it. Its PINs are on disk before.
+func (s *tokenSource) makeSoft(name string) (module, uri string, err error) {
+	soPIN, err := loadPIN(filepath.Join(s.dir, pinsFolder, name+officerSuffix))
+	if err != nil {
+		return "", "", err
+	}
+	defer clear(soPIN)
 	pin, err := loadPIN(filepath.Join(s.dir, pinsFolder, name))
 	if err != nil {
 		return "", "", err
 	}
 	defer clear(pin)
 	label := tokenLabels(s.def)[name]
-	module, err = s.soft.make(filepath.Join(s.dir, tokensFolder), label, pin)
+	module, err = s.soft.make(filepath.Join(s.dir, tokensFolder), label, soPIN, pin)
 	return module, "pkcs11:token=" + url.PathEscape(label), err
 }
 
