@@ -14,8 +14,8 @@
 //     issuer's own key set: jwk, jku, x5u and x5c in a header are ignored.
 //   - Whatever a token says, the network is reached only for configured
 //     issuers, over https, without redirects, not in private networks unless
-//     configured, for at most 256 KiB per answer, and for a key id that is not
-//     known at most twice at once and then once in 30 s (client.go, keys.go).
+//     configured, for at most 256 KiB per answer, and for tokens that no known key
+//     verifies at most twice at once and then once in 30 s (client.go, keys.go).
 //   - No error, log line or answer contains a token or a claim, nor the URL of
 //     an issuer before a token of it has verified, unless it is configured.
 //

@@ -460,6 +460,55 @@ func TestRotation(t *testing.T) {
 	}
 }
 
+// TestRotationUnderOneID: a new key with the id of the one before, or without one,
+// is found without a failed request, and tokens of no key cost few fetches.
+func TestRotationUnderOneID(t *testing.T) {
+	for _, id := range []string{"credential", ""} {
+		var mu sync.Mutex
+		var current jose.JSONWebKey
+		var fetches int
+		issuer := serveProvider(t, hostile{jwks: func(w http.ResponseWriter, _ *http.Request) {
+			mu.Lock()
+			defer mu.Unlock()
+			fetches++
+			_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{current}})
+		}})
+		turn := func(key *rsa.PrivateKey) {
+			mu.Lock()
+			defer mu.Unlock()
+			current = jose.JSONWebKey{Key: key.Public(), KeyID: id}
+		}
+		raw := func(key *rsa.PrivateKey) string {
+			header := map[string]any{"alg": "RS256"}
+			if id != "" {
+				header["kid"] = id
+			}
+			return forge(t, header, []byte(validClaims(issuer)), rs256(t, key))
+		}
+		first, second, other := must(rsa.GenerateKey(rand.Reader, 2048)), must(rsa.GenerateKey(rand.Reader, 2048)), must(rsa.GenerateKey(rand.Reader, 2048))
+		turn(first)
+		v := newVerifier(t, Issuer{IssuerURL: issuer, ClientID: "sigstore", Type: "email"})
+		if _, err := v.Verify(t.Context(), raw(first)); err != nil {
+			t.Fatal(err)
+		}
+		turn(second)
+		if _, err := v.Verify(t.Context(), raw(second)); err != nil {
+			t.Errorf("id %q, after rotation: %v", id, err)
+		}
+		for range 20 {
+			wantRefusal(t, v, raw(other), "signature does not verify")
+		}
+		if _, err := v.Verify(t.Context(), raw(second)); err != nil {
+			t.Errorf("id %q, beside tokens of no key: %v", id, err)
+		}
+		mu.Lock()
+		if fetches > 1+askBurst {
+			t.Errorf("id %q: %d fetches", id, fetches)
+		}
+		mu.Unlock()
+	}
+}
+
 func TestProviderDown(t *testing.T) {
 	srv := httptest.NewServer(http.NotFoundHandler())
 	issuer := srv.URL

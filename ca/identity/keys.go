@@ -28,8 +28,8 @@ const (
 	maxStale = time.Hour
 	// askWait is how long a request waits for a fetch.
 	askWait = 2 * time.Second
-	// askBurst fetches may be asked for at once by tokens with unknown keys,
-	// then one in askEvery.
+	// askBurst fetches may be asked for at once by tokens that no known key
+	// verifies, then one in askEvery.
 	askBurst = 2
 	askEvery = 30 * time.Second
 	// unknownFor is how long a key id that was not found stays refused without
@@ -48,7 +48,7 @@ type snapshot struct {
 
 // keyring holds one issuer's keys. One goroutine, run, makes every fetch;
 // requests only read the snapshot, and wait for a fetch when their key id is
-// not in it. Everything that tokens can make it do is limited: fetches by
+// not in it or no key verifies their token. Everything that tokens can make it do is limited: fetches by
 // bucket, memory by maxUnknown.
 type keyring struct {
 	fetch  func(context.Context) (*snapshot, error)
@@ -189,6 +189,15 @@ func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWe
 		k.remember(id)
 	}
 	return nil, nil, refuse("key is not the issuer's")
+}
+
+// renew says whether there are other keys than old's, or as many fetched anew: it
+// has them fetched if the limits allow.
+func (k *keyring) renew(ctx context.Context, old *snapshot) bool {
+	if k.current.Load() == old && k.ask(ctx) != nil {
+		return false
+	}
+	return k.current.Load() != old
 }
 
 // lookup reads the snapshot; it is nil when there is none that is fresh enough.

@@ -151,7 +151,8 @@ var presets = map[string]preset{
 	// kubernetes.io/docs, "Managing Service Accounts", "Service account token volume
 	// projection" and "Service account issuer discovery".
 	"kubernetes": {
-		about:  "the issuer of the cluster's service account tokens (kubectl get --raw /.well-known/openid-configuration)",
+		about: "the issuer of the cluster's service account tokens (kubectl get --raw /.well-known/openid-configuration); " +
+			"where its keys ask for a login, jwks-file with them (kubectl get --raw /openid/v1/jwks)",
 		issuer: Issuer{Type: "kubernetes"},
 		site:   none,
 	},

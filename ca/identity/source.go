@@ -76,13 +76,28 @@ func (s *source) principal(t *token) (*Principal, error) {
 	return p, nil
 }
 
-// verify checks the token's signature with the issuer's keys, and has go-oidc
-// check issuer, audience and times a second time, on what was signed.
+// verify checks the token's signature with the issuer's keys. When none verifies
+// it the keys may be old: an issuer may give a new key the id of the one before
+// (Jenkins does), or have none. They are then fetched once more, within the limits
+// of unknown ids.
 func (s *source) verify(ctx context.Context, t *token, now time.Time) error {
 	set, keys, err := s.keys.find(ctx, t.keyID)
 	if err != nil {
 		return err
 	}
+	err = s.verifyWith(ctx, set, keys, t, now)
+	if err == nil || !s.keys.renew(ctx, set) {
+		return err
+	}
+	if set, keys, err = s.keys.find(ctx, t.keyID); err != nil {
+		return err
+	}
+	return s.verifyWith(ctx, set, keys, t, now)
+}
+
+// verifyWith tries keys of a set, and has go-oidc check issuer, audience and times
+// a second time, on what was signed.
+func (s *source) verifyWith(ctx context.Context, set *snapshot, keys []jose.JSONWebKey, t *token, now time.Time) error {
 	if !slices.Contains(set.algorithms, t.algorithm) {
 		return refuse("signature algorithm is not the issuer's")
 	}
