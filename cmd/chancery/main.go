@@ -17,8 +17,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/chancery-ca/chancery/cmd/internal/memory"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
+	"github.com/chancery-ca/chancery/cmd/internal/memory"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
