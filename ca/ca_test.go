@@ -57,9 +57,9 @@ func request(t testing.TB) ca.Request {
 // for the path, certificate-transparency-go for the SCT, Fulcio and sigstore-go
 // for the extensions.
 func TestIssue(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	req := request(t)
-	got, err := authority(t, f.Config()).Issue(t.Context(), req)
+	got, err := catest.Authority(t, f.Config()).Issue(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestIssue(t *testing.T) {
 	checkPrecert(t, f, leaves[0], leaf)
 }
 
-func checkPath(t *testing.T, f *fixture, leaf *x509.Certificate) {
+func checkPath(t *testing.T, f *catest.Parts, leaf *x509.Certificate) {
 	t.Helper()
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	roots.AddCert(f.Chain[1])
@@ -113,7 +113,7 @@ func checkPath(t *testing.T, f *fixture, leaf *x509.Certificate) {
 	}
 }
 
-func checkSCT(t *testing.T, f *fixture, cert *ca.Certificate) {
+func checkSCT(t *testing.T, f *catest.Parts, cert *ca.Certificate) {
 	t.Helper()
 	var chain []*ctx509.Certificate
 	for _, der := range [][]byte{cert.DER, f.Chain[0].Raw} {
@@ -132,7 +132,7 @@ func checkSCT(t *testing.T, f *fixture, cert *ca.Certificate) {
 	}
 }
 
-func checkPEM(t *testing.T, f *fixture, cert *ca.Certificate) {
+func checkPEM(t *testing.T, f *catest.Parts, cert *ca.Certificate) {
 	t.Helper()
 	want := [][]byte{cert.DER, f.Chain[0].Raw, f.Chain[1].Raw}
 	if len(cert.PEM) != len(want) {
@@ -147,7 +147,7 @@ func checkPEM(t *testing.T, f *fixture, cert *ca.Certificate) {
 }
 
 // checkPrecert: what the log holds is signed by the CA and is the leaf without SCT.
-func checkPrecert(t *testing.T, f *fixture, entry catest.Leaf, leaf *x509.Certificate) {
+func checkPrecert(t *testing.T, f *catest.Parts, entry catest.Leaf, leaf *x509.Certificate) {
 	t.Helper()
 	precert, err := x509.ParseCertificate(entry.Precert)
 	if err != nil {
@@ -172,8 +172,8 @@ func checkPrecert(t *testing.T, f *fixture, entry catest.Leaf, leaf *x509.Certif
 // TestIssueInHardware: the same with both keys in a token, many at a time.
 func TestIssueInHardware(t *testing.T) {
 	token := hsmtest.SoftHSM(t)
-	f := withKeys(t, hsmtest.NewKey(t, token, "ca", hsm.ECDSAP256), hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
-	a := authority(t, f.Config())
+	f := catest.PartsOn(t, hsmtest.NewKey(t, token, "ca", hsm.ECDSAP256), hsmtest.NewKey(t, token, "ct", hsm.ECDSAP256))
+	a := catest.Authority(t, f.Config())
 	const clients, each = 8, 4
 	var all sync.WaitGroup
 	for range clients {
@@ -264,7 +264,7 @@ func (k *meetingKey) SignContext(ctx context.Context, digest []byte, opts crypto
 // same time, certificate and commit go on at the same time. If either pair
 // were one after the other this would end by its deadline.
 func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	first, second := meet(2), meet(2)
 	key := &meetingKey{Key: f.Key, next: make(chan *meeting, 2)}
 	key.next <- first
@@ -275,14 +275,14 @@ func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
 	cfg.Key = key
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if _, err := authority(t, cfg).Issue(ctx, request(t)); err != nil {
+	if _, err := catest.Authority(t, cfg).Issue(ctx, request(t)); err != nil {
 		t.Error(err)
 	}
 }
 
 // TestNothingBeforeDurable: a certificate that is signed waits for its leaf.
 func TestNothingBeforeDurable(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	committing, durable := make(chan struct{}), make(chan struct{})
 	f.Log.OnCommit = func(context.Context) error {
 		close(committing)
@@ -290,7 +290,7 @@ func TestNothingBeforeDurable(t *testing.T) {
 		return nil
 	}
 	done := make(chan error)
-	a, req := authority(t, f.Config()), request(t)
+	a, req := catest.Authority(t, f.Config()), request(t)
 	go func() {
 		_, err := a.Issue(context.Background(), req)
 		done <- err
@@ -316,60 +316,60 @@ func TestIssueRefusals(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name    string
-		change  func(f *fixture, cfg *ca.Config, req *ca.Request)
+		change  func(f *catest.Parts, cfg *ca.Config, req *ca.Request)
 		want    error
 		commits int
 	}{
-		{"clock refuses", func(_ *fixture, c *ca.Config, _ *ca.Request) {
+		{"clock refuses", func(_ *catest.Parts, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) { return time.Time{}, down }
 		}, ca.ErrUnavailable, 0},
-		{"before the CA's time", func(_ *fixture, c *ca.Config, _ *ca.Request) {
+		{"before the CA's time", func(_ *catest.Parts, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) { return catest.Start.Add(-time.Second), nil }
 		}, ca.ErrCA, 0},
-		{"ten minutes before the CA's end", func(_ *fixture, c *ca.Config, _ *ca.Request) {
+		{"ten minutes before the CA's end", func(_ *catest.Parts, c *ca.Config, _ *ca.Request) {
 			c.Now = func() (time.Time, error) {
 				return catest.Start.AddDate(1, 0, 0).Add(-10*time.Minute + time.Second), nil
 			}
 		}, ca.ErrCA, 0},
-		{"no principal", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal = nil }, ca.ErrIdentity, 0},
-		{"no key", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Public = nil }, ca.ErrIdentity, 0},
-		{"name that cannot be certified", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "a\x00b@example.com" }, ca.ErrIdentity, 0},
-		{"address that is none", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "alice@exa_mple..com" }, ca.ErrIdentity, 0},
-		{"no issuer", func(_ *fixture, _ *ca.Config, r *ca.Request) { r.Principal.Extensions.Issuer = "" }, ca.ErrIdentity, 0},
+		{"no principal", func(_ *catest.Parts, _ *ca.Config, r *ca.Request) { r.Principal = nil }, ca.ErrIdentity, 0},
+		{"no key", func(_ *catest.Parts, _ *ca.Config, r *ca.Request) { r.Public = nil }, ca.ErrIdentity, 0},
+		{"name that cannot be certified", func(_ *catest.Parts, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "a\x00b@example.com" }, ca.ErrIdentity, 0},
+		{"address that is none", func(_ *catest.Parts, _ *ca.Config, r *ca.Request) { r.Principal.SAN.Value = "alice@exa_mple..com" }, ca.ErrIdentity, 0},
+		{"no issuer", func(_ *catest.Parts, _ *ca.Config, r *ca.Request) { r.Principal.Extensions.Issuer = "" }, ca.ErrIdentity, 0},
 		{"CA key busy", failing(hsm.ErrBusy), ca.ErrBusy, 0},
 		{"CA key lost", failing(hsm.ErrLost), ca.ErrUnavailable, 0},
 		{"CA key signs wrongly", failing(hsm.ErrBadSignature), ca.ErrCA, 0},
-		{"log does not promise", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"log does not promise", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnPromise = func(context.Context, []byte) error { return down }
 		}, ca.ErrLog, 0},
-		{"log key busy", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"log key busy", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnPromise = func(context.Context, []byte) error { return hsm.ErrBusy }
 		}, ca.ErrBusy, 0},
-		{"log queue full", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"log queue full", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return ca.ErrBusy }
 		}, ca.ErrBusy, 0},
-		{"leaf not durable", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"leaf not durable", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return down }
 		}, ca.ErrLog, 0},
-		{"log too slow", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"log too slow", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.OnCommit = func(context.Context) error { return context.DeadlineExceeded }
 		}, ca.ErrUnavailable, 0},
-		{"SCT with a wrong signature", func(f *fixture, _ *ca.Config, _ *ca.Request) { f.Log.Tamper = flip }, ca.ErrLog, 0},
-		{"SCT cut", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"SCT with a wrong signature", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) { f.Log.Tamper = flip }, ca.ErrLog, 0},
+		{"SCT cut", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.Tamper = func(sct []byte) []byte { return sct[:40] }
 		}, ca.ErrLog, 0},
-		{"no SCT", func(f *fixture, _ *ca.Config, _ *ca.Request) {
+		{"no SCT", func(f *catest.Parts, _ *ca.Config, _ *ca.Request) {
 			f.Log.Tamper = func([]byte) []byte { return nil }
 		}, ca.ErrLog, 0},
-		{"SCT by another log", func(f *fixture, c *ca.Config, _ *ca.Request) {
+		{"SCT by another log", func(f *catest.Parts, c *ca.Config, _ *ca.Request) {
 			c.LogKey = hsmtest.SoftwareKey(hsm.ECDSAP256).Public()
 		}, ca.ErrLog, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			f := newFixture(t)
+			f := catest.NewParts(t)
 			cfg, req := f.Config(), request(t)
 			test.change(f, &cfg, &req)
-			got, err := authority(t, cfg).Issue(t.Context(), req)
+			got, err := catest.Authority(t, cfg).Issue(t.Context(), req)
 			if !errors.Is(err, test.want) || got != nil {
 				t.Errorf("%v, err %v, want %v", got, err, test.want)
 			}
@@ -380,8 +380,8 @@ func TestIssueRefusals(t *testing.T) {
 	}
 }
 
-func failing(err error) func(*fixture, *ca.Config, *ca.Request) {
-	return func(f *fixture, c *ca.Config, _ *ca.Request) {
+func failing(err error) func(*catest.Parts, *ca.Config, *ca.Request) {
+	return func(f *catest.Parts, c *ca.Config, _ *ca.Request) {
 		key := &hsmtest.Failing{Key: f.Key}
 		key.Fail(err)
 		c.Key = key
@@ -393,10 +393,10 @@ func failing(err error) func(*fixture, *ca.Config, *ca.Request) {
 func TestSwappedSCT(t *testing.T) {
 	for name, whole := range map[string]bool{"the SCT": false, "the whole promise": true} {
 		t.Run(name, func(t *testing.T) {
-			f := newFixture(t)
+			f := catest.NewParts(t)
 			cfg := f.Config()
 			cfg.SCTs = &swapping{SCTSource: cfg.SCTs, whole: whole}
-			a := authority(t, cfg)
+			a := catest.Authority(t, cfg)
 			if _, err := a.Issue(t.Context(), request(t)); err != nil {
 				t.Fatal(err)
 			}
@@ -440,7 +440,7 @@ func (s swapped) SCT() []byte { return s.other.SCT() }
 
 // TestFinalSignatureFails: the leaf may be in the log, the certificate is not released.
 func TestFinalSignatureFails(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	key := &hsmtest.Failing{Key: f.Key}
 	f.Log.Tamper = func(sct []byte) []byte {
 		key.Fail(hsm.ErrLost) // from here on; the precertificate's may be refused as well
@@ -448,13 +448,13 @@ func TestFinalSignatureFails(t *testing.T) {
 	}
 	cfg := f.Config()
 	cfg.Key = key
-	if got, err := authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrUnavailable) || got != nil {
+	if got, err := catest.Authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrUnavailable) || got != nil {
 		t.Errorf("%v, err %v", got, err)
 	}
 }
 
 func TestBusyAtOnce(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	inside := make(chan struct{})
 	f.Log.OnCommit = func(ctx context.Context) error {
 		inside <- struct{}{}
@@ -463,7 +463,7 @@ func TestBusyAtOnce(t *testing.T) {
 	}
 	cfg := f.Config()
 	cfg.MaxConcurrent = 1
-	a := authority(t, cfg)
+	a := catest.Authority(t, cfg)
 	ctx, cancel := context.WithCancel(t.Context())
 	done, req := make(chan error), request(t)
 	go func() {
@@ -485,7 +485,7 @@ func TestBusyAtOnce(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	f, other := newFixture(t), newFixture(t)
+	f, other := catest.NewParts(t), catest.NewParts(t)
 	for name, change := range map[string]func(*ca.Config){
 		"no key":                  func(c *ca.Config) { c.Key = nil },
 		"no log":                  func(c *ca.Config) { c.SCTs = nil },
@@ -510,9 +510,9 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-func issued(t *testing.T, f *fixture) *x509.Certificate {
+func issued(t *testing.T, f *catest.Parts) *x509.Certificate {
 	t.Helper()
-	got, err := authority(t, f.Config()).Issue(t.Context(), request(t))
+	got, err := catest.Authority(t, f.Config()).Issue(t.Context(), request(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -526,8 +526,8 @@ func issued(t *testing.T, f *fixture) *x509.Certificate {
 // BenchmarkIssue is the pipeline with software keys and a log in memory: what
 // is left when token, network and disk cost nothing.
 func BenchmarkIssue(b *testing.B) {
-	f := newFixture(b)
-	a, req := authority(b, f.Config()), request(b)
+	f := catest.NewParts(b)
+	a, req := catest.Authority(b, f.Config()), request(b)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := a.Issue(b.Context(), req); err != nil {

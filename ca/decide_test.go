@@ -60,13 +60,13 @@ func types(records []audit.Record) (out []audit.Type) {
 // is released, with the identity in the certificate and nothing else of the
 // token.
 func TestAudit(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	dir, log := openAudit(t)
 	cfg := f.Config()
 	cfg.Audit, cfg.Uses = log, identity.NewUses(10)
 	req := request(t)
 	req.ID, req.Principal.Issuer, req.Principal.Subject = "request-1", "https://idp.example", "alice-secret-subject"
-	cert, err := authority(t, cfg).Issue(t.Context(), req)
+	cert, err := catest.Authority(t, cfg).Issue(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,11 +99,11 @@ func TestAudit(t *testing.T) {
 // TestNothingWithoutAudit: when the record cannot be written nothing is
 // released, whatever was signed.
 func TestNothingWithoutAudit(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	_, log := openAudit(t)
 	cfg := f.Config()
 	cfg.Audit, cfg.Uses = log, identity.NewUses(10)
-	a := authority(t, cfg)
+	a := catest.Authority(t, cfg)
 	if err := log.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestNothingWithoutAudit(t *testing.T) {
 // TestWithdrawn: when the log fails after the decision was recorded, the audit
 // says that nothing came of it.
 func TestWithdrawn(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	dir, log := openAudit(t)
 	recorded := make(chan struct{})
 	f.Log.OnCommit = func(ctx context.Context) error {
@@ -136,7 +136,7 @@ func TestWithdrawn(t *testing.T) {
 			}
 		}
 	}()
-	if _, err := authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrLog) {
+	if _, err := catest.Authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrLog) {
 		t.Fatal(err)
 	}
 	got := records(t, dir, log)
@@ -163,11 +163,11 @@ func TestPolicy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	dir, log := openAudit(t)
 	cfg := f.Config()
 	cfg.Policy, cfg.Audit = rules, log
-	a := authority(t, cfg)
+	a := catest.Authority(t, cfg)
 	ask := func(issuer, email string) (*ca.Certificate, error) {
 		req := request(t)
 		req.Principal.Issuer, req.Principal.SAN = issuer, profile.SAN{Type: profile.Email, Value: email}
@@ -196,10 +196,10 @@ func TestPolicy(t *testing.T) {
 
 // TestUsedToken: a token beyond its uses gets nothing.
 func TestUsedToken(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	cfg := f.Config()
 	cfg.Uses = identity.NewUses(10)
-	a := authority(t, cfg)
+	a := catest.Authority(t, cfg)
 	req := request(t)
 	req.Principal.Token = identity.TokenUse{Expires: catest.Noon.Add(time.Hour), MaxUses: 1}
 	if _, err := a.Issue(t.Context(), req); err != nil {

@@ -47,8 +47,8 @@ func (e elsewhere) Submit(ctx context.Context, precert []byte, chain [][]byte) (
 	return p.SCT(), err
 }
 
-// Elsewhere is a configuration with a log elsewhere.
-func (f *fixture) Elsewhere() ca.Config {
+// configElsewhere is a configuration with a log elsewhere.
+func configElsewhere(f *catest.Parts) ca.Config {
 	cfg := f.Config()
 	cfg.SCTs, cfg.Submitter = nil, elsewhere{log: f.Log}
 	cfg.LogKey, cfg.LogKeys = nil, []crypto.PublicKey{hsmtest.SoftwareKey(hsm.ECDSAP256).Public(), f.LogKey.Public()}
@@ -56,8 +56,8 @@ func (f *fixture) Elsewhere() ca.Config {
 }
 
 func TestIssueWithLogElsewhere(t *testing.T) {
-	f := newFixture(t)
-	got, err := authority(t, f.Elsewhere()).Issue(t.Context(), request(t))
+	f := catest.NewParts(t)
+	got, err := catest.Authority(t, configElsewhere(f)).Issue(t.Context(), request(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,26 +83,28 @@ func TestLogElsewhereRefuses(t *testing.T) {
 	passing := func(err error) error { return errors.Join(ca.ErrUnavailable, err) }
 	for _, tc := range []struct {
 		name  string
-		spoil func(f *fixture, cfg *ca.Config)
+		spoil func(f *catest.Parts, cfg *ca.Config)
 		want  error
 	}{
-		{"another log's key", func(_ *fixture, cfg *ca.Config) {
+		{"another log's key", func(_ *catest.Parts, cfg *ca.Config) {
 			cfg.LogKeys = []crypto.PublicKey{hsmtest.SoftwareKey(hsm.ECDSAP256).Public()}
 		}, ca.ErrLog},
-		{"tampered SCT", func(f *fixture, _ *ca.Config) {
+		{"tampered SCT", func(f *catest.Parts, _ *ca.Config) {
 			f.Log.Tamper = func(sct []byte) []byte { sct[40] ^= 1; return sct }
 		}, ca.ErrLog},
-		{"cut off SCT", func(f *fixture, _ *ca.Config) { f.Log.Tamper = func(sct []byte) []byte { return sct[:len(sct)-1] } }, ca.ErrLog},
-		{"no SCT", func(f *fixture, _ *ca.Config) { f.Log.Tamper = func([]byte) []byte { return nil } }, ca.ErrLog},
-		{"refused", func(f *fixture, cfg *ca.Config) { cfg.Submitter = elsewhere{err: errors.New("refused")} }, ca.ErrLog},
-		{"not available", func(f *fixture, cfg *ca.Config) { cfg.Submitter = elsewhere{err: passing(errors.New("down"))} }, ca.ErrUnavailable},
-		{"too late", func(f *fixture, cfg *ca.Config) { cfg.Submitter = elsewhere{err: context.DeadlineExceeded} }, ca.ErrUnavailable},
+		{"cut off SCT", func(f *catest.Parts, _ *ca.Config) {
+			f.Log.Tamper = func(sct []byte) []byte { return sct[:len(sct)-1] }
+		}, ca.ErrLog},
+		{"no SCT", func(f *catest.Parts, _ *ca.Config) { f.Log.Tamper = func([]byte) []byte { return nil } }, ca.ErrLog},
+		{"refused", func(f *catest.Parts, cfg *ca.Config) { cfg.Submitter = elsewhere{err: errors.New("refused")} }, ca.ErrLog},
+		{"not available", func(f *catest.Parts, cfg *ca.Config) { cfg.Submitter = elsewhere{err: passing(errors.New("down"))} }, ca.ErrUnavailable},
+		{"too late", func(f *catest.Parts, cfg *ca.Config) { cfg.Submitter = elsewhere{err: context.DeadlineExceeded} }, ca.ErrUnavailable},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			f := newFixture(t)
-			cfg := f.Elsewhere()
+			f := catest.NewParts(t)
+			cfg := configElsewhere(f)
 			tc.spoil(f, &cfg)
-			got, err := authority(t, cfg).Issue(t.Context(), request(t))
+			got, err := catest.Authority(t, cfg).Issue(t.Context(), request(t))
 			if got != nil || !errors.Is(err, tc.want) {
 				t.Fatalf("%v, %v; want %v", got, err, tc.want)
 			}
@@ -114,7 +116,7 @@ func TestLogElsewhereRefuses(t *testing.T) {
 }
 
 func TestNewWantsOneLog(t *testing.T) {
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	for name, change := range map[string]func(*ca.Config){
 		"none":                           func(c *ca.Config) { c.SCTs = nil },
 		"two":                            func(c *ca.Config) { c.Submitter = elsewhere{log: f.Log} },

@@ -93,7 +93,7 @@ func serveAs(t *testing.T, wrap func(http.Handler) http.Handler) *oidctest.Provi
 
 func buildEmbassy(t *testing.T, wrap func(http.Handler) http.Handler) *embassy {
 	t.Helper()
-	e := &embassy{house: &house{fixture: newFixture(t), echo: echo.New()}, all: &safeLog{}, providers: map[string]*oidctest.Provider{}}
+	e := &embassy{house: &house{Parts: catest.NewParts(t), echo: echo.New()}, all: &safeLog{}, providers: map[string]*oidctest.Provider{}}
 	var err error
 	if e.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
@@ -123,7 +123,7 @@ func buildEmbassy(t *testing.T, wrap func(http.Handler) http.Handler) *embassy {
 		t.Fatal(err)
 	}
 	t.Cleanup(verifier.Close)
-	s, err := New(Config{Authority: authority(t, e.Config()), Identity: verifier, Logger: logger})
+	s, err := New(Config{Authority: catest.Authority(t, e.Config()), Identity: verifier, Logger: logger})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // house is a server with everything behind it, and its log.
 type house struct {
-	*fixture
+	*catest.Parts
 	server *Server
 	echo   *echo.Echo
 	idp    *oidctest.Provider
@@ -54,7 +54,7 @@ type house struct {
 
 func build(t testing.TB, change func(*ca.Config)) *house {
 	t.Helper()
-	h := &house{fixture: newFixture(t), echo: echo.New(), log: &bytes.Buffer{}}
+	h := &house{Parts: catest.NewParts(t), echo: echo.New(), log: &bytes.Buffer{}}
 	var err error
 	if h.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
@@ -73,7 +73,7 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	}
 	t.Cleanup(verifier.Close)
 	s, err := New(Config{
-		Authority: authority(t, cfg), Identity: verifier,
+		Authority: catest.Authority(t, cfg), Identity: verifier,
 		Logger: slog.New(slog.NewTextHandler(h.log, nil)),
 	})
 	if err != nil {
@@ -416,9 +416,9 @@ func TestServerFaults(t *testing.T) {
 		retry   string
 	}{
 		{"CA backend", func(c *ca.Config) { c.Now = late }, 500, 13, "error communicating with CA backend", ""},
-		{"CT submission", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return down } }, 500, 13, "Error entering certificate in CTL", ""},
-		{"token busy", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return hsm.ErrBusy } }, 503, 14, "The certificate authority is busy; try again", "1"},
-		{"token lost", func(c *ca.Config) { c.SCTs.(source).OnCommit = func(context.Context) error { return hsm.ErrLost } }, 503, 14, "The certificate authority is not available; try again", "2"},
+		{"CT submission", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return down } }, 500, 13, "Error entering certificate in CTL", ""},
+		{"token busy", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return hsm.ErrBusy } }, 503, 14, "The certificate authority is busy; try again", "1"},
+		{"token lost", func(c *ca.Config) { c.SCTs.(*catest.Log).OnCommit = func(context.Context) error { return hsm.ErrLost } }, 503, 14, "The certificate authority is not available; try again", "2"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := build(t, test.change)
@@ -581,7 +581,7 @@ func TestIdentityProviderDown(t *testing.T) {
 	gone := httptest.NewServer(nil)
 	issuer := gone.URL
 	gone.Close()
-	f := newFixture(t)
+	f := catest.NewParts(t)
 	verifier, err := identity.New(t.Context(), identity.Config{OIDCIssuers: map[string]identity.Issuer{
 		issuer: {IssuerURL: issuer, ClientID: "sigstore", Type: "email"},
 	}}, identity.Options{Now: f.Config().Now, LoopbackHTTP: true})
@@ -589,7 +589,7 @@ func TestIdentityProviderDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer verifier.Close()
-	s, err := New(Config{Authority: authority(t, f.Config()), Identity: verifier})
+	s, err := New(Config{Authority: catest.Authority(t, f.Config()), Identity: verifier})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,7 @@
-// Package catest is a chain of certificates and a log in memory, for the tests
-// and benchmarks of ca and ca/server, on whatever keys they bring. The chain is
-// made by ca/profile and the SCTs are real: every part of an issued certificate
-// verifies.
+// Package catest is the parts of a CA, a chain of certificates and a log in
+// memory, for the tests and benchmarks of ca and ca/server, on whatever keys they
+// bring. The chain is made by ca/profile and the SCTs are real: every part of an
+// issued certificate verifies.
 package catest
 
 import (
@@ -17,8 +17,10 @@ import (
 
 	"golang.org/x/crypto/cryptobyte"
 
+	"github.com/chancery-ca/chancery/ca"
 	"github.com/chancery-ca/chancery/ca/profile"
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
 // Start is when the chain begins to be valid; it lasts a year.
@@ -26,6 +28,46 @@ var Start = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // Noon is the time of the tests.
 var Noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+
+// Parts are what a CA consists of, with counters on the keys.
+type Parts struct {
+	Key, LogKey *hsmtest.Counting
+	Chain       []*x509.Certificate // intermediate, root
+	Log         *Log
+}
+
+// NewParts makes a CA's parts on software keys.
+func NewParts(t testing.TB) *Parts {
+	t.Helper()
+	return PartsOn(t, hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256))
+}
+
+// PartsOn makes a CA's parts on the keys of the intermediate and of the log.
+func PartsOn(t testing.TB, intermediate, log hsm.Key) *Parts {
+	t.Helper()
+	p := &Parts{Key: &hsmtest.Counting{Key: intermediate}, LogKey: &hsmtest.Counting{Key: log}}
+	p.Chain = Chain(t, hsmtest.SoftwareKey(hsm.ECDSAP384), intermediate)
+	p.Log = &Log{Key: p.LogKey}
+	return p
+}
+
+// Config is a configuration that works. Its clock stands at Noon.
+func (p *Parts) Config() ca.Config {
+	return ca.Config{
+		Key: p.Key, Chain: p.Chain, SCTs: p.Log, LogKey: p.LogKey.Public(),
+		Now: func() (time.Time, error) { return Noon, nil },
+	}
+}
+
+// Authority makes the CA.
+func Authority(t testing.TB, cfg ca.Config) *ca.Authority {
+	t.Helper()
+	a, err := ca.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
 
 // Chain makes a root and an intermediate, and returns the intermediate's
 // certificate and the root's.
@@ -90,8 +132,8 @@ func (l *Log) Leaves() []Leaf {
 	return append([]Leaf(nil), l.leaves...)
 }
 
-// Promise signs an SCT, as ca.SCTSource wants it.
-func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*Promise, error) {
+// Promise implements ca.SCTSource.
+func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (ca.Promise, error) {
 	if l.OnPromise != nil {
 		if err := l.OnPromise(ctx, tbs); err != nil {
 			return nil, err
@@ -108,7 +150,7 @@ func (l *Log) Promise(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (
 }
 
 // sign makes a SignedCertificateTimestamp (RFC 6962, Section 3.2).
-func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*Promise, error) {
+func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*promise, error) {
 	spki, err := x509.MarshalPKIXPublicKey(l.Key.Public())
 	if err != nil {
 		return nil, err
@@ -134,11 +176,11 @@ func (l *Log) sign(ctx context.Context, issuerKeyHash [32]byte, tbs []byte) (*Pr
 	sct.AddUint16(0)
 	sct.AddBytes([]byte{4, 3}) // sha256, ecdsa
 	sct.AddUint16LengthPrefixed(func(b *cryptobyte.Builder) { b.AddBytes(signature) })
-	return &Promise{log: l, sct: sct.BytesOrPanic(), tbs: tbs, digest: digest, signature: signature}, nil
+	return &promise{log: l, sct: sct.BytesOrPanic(), tbs: tbs, digest: digest, signature: signature}, nil
 }
 
-// Promise is what ca.Promise wants.
-type Promise struct {
+// promise is a ca.Promise.
+type promise struct {
 	log       *Log
 	sct, tbs  []byte
 	digest    [32]byte
@@ -146,13 +188,13 @@ type Promise struct {
 }
 
 // SCT returns the TLS-encoded SCT.
-func (p *Promise) SCT() []byte { return p.sct }
+func (p *promise) SCT() []byte { return p.sct }
 
 // Signed returns what the log's key signed, and its signature.
-func (p *Promise) Signed() (digest [32]byte, signature []byte) { return p.digest, p.signature }
+func (p *promise) Signed() (digest [32]byte, signature []byte) { return p.digest, p.signature }
 
 // Commit keeps the leaf.
-func (p *Promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
+func (p *promise) Commit(ctx context.Context, precert []byte, chain [][]byte) (uint64, error) {
 	if p.log.OnCommit != nil {
 		if err := p.log.OnCommit(ctx); err != nil {
 			return 0, err
