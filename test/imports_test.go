@@ -49,6 +49,7 @@ var importRules = map[string][]string{
 	// For tests; TestTestPackages keeps them out of the programs.
 	"ca/identity/oidctest": {},
 	"ca/internal/catest":   {"hsm", "hsm/hsmtest", "ca", "ca/profile"},
+	"ca/internal/idptest":  {"ca/identity/oidctest"},
 	"log/ct/cttest":        {"log/tree"},
 }
 

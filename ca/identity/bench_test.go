@@ -1,26 +1,17 @@
 package identity
 
 import (
-	"net/http/httptest"
 	"testing"
-	"time"
 
-	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 )
 
 // BenchmarkVerify is one RS256 token whose key is known: our strict parse,
 // those of go-oidc and go-jose, one RSA verification, no network.
 func BenchmarkVerify(b *testing.B) {
-	srv := httptest.NewServer(nil)
-	defer srv.Close()
-	key, err := providerKey()
-	if err != nil {
-		b.Fatal(err)
-	}
-	p := oidctest.New(oidctest.Config{Issuer: srv.URL, Key: key, Now: func() time.Time { return noon }})
-	srv.Config.Handler = p
+	p := idptest.Serve(b, noon, nil)
 	v, err := New(b.Context(), Config{OIDCIssuers: map[string]Issuer{
-		srv.URL: {IssuerURL: srv.URL, ClientID: "sigstore", Type: "email"},
+		p.Issuer(): {ClientID: "sigstore", Type: "email"},
 	}}, Options{Now: atNoon, LoopbackHTTP: true})
 	if err != nil {
 		b.Fatal(err)

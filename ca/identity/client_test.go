@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	jose "github.com/go-jose/go-jose/v4"
+
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 )
 
 // hostile is a provider that answers as a test wants.
@@ -66,17 +68,6 @@ func TestHostileProviders(t *testing.T) {
 	}))
 	defer inner.Close()
 	redirect := func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, inner.URL, http.StatusFound) }
-	flood := func(w http.ResponseWriter, _ *http.Request) {
-		chunk := []byte(strings.Repeat(" ", 64<<10))
-		for range 160 { // 10 MiB
-			if _, err := w.Write(chunk); err != nil {
-				return
-			}
-		}
-	}
-	manyKeys := func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprintf(w, `{"keys":[%s{}]}`, strings.Repeat("{},", 10_000))
-	}
 	for _, test := range []struct {
 		name   string
 		h      hostile
@@ -86,9 +77,9 @@ func TestHostileProviders(t *testing.T) {
 		{"issuer with a slash", hostile{issuer: "SLASH"}, "did not match"},
 		{"redirected discovery", hostile{discovery: redirect}, errRedirect.Error()},
 		{"redirected keys", hostile{jwks: redirect}, errRedirect.Error()},
-		{"discovery of 10 MiB", hostile{discovery: flood}, errTooLarge.Error()},
-		{"keys of 10 MiB", hostile{jwks: flood}, errTooLarge.Error()},
-		{"10,000 keys", hostile{jwks: manyKeys}, "10001 keys, at most 64"},
+		{"discovery of 10 MiB", hostile{discovery: idptest.Flood}, errTooLarge.Error()},
+		{"keys of 10 MiB", hostile{jwks: idptest.Flood}, errTooLarge.Error()},
+		{"10,000 keys", hostile{jwks: idptest.ManyKeys}, "10001 keys, at most 64"},
 		{"keys at a private address", hostile{jwksURI: "https://10.0.0.1/jwks"}, errPrivate.Error()},
 		{"keys at a metadata service", hostile{jwksURI: "http://169.254.169.254/latest"}, errScheme.Error()},
 		{"keys at a file", hostile{jwksURI: "file:///etc/passwd"}, errScheme.Error()},

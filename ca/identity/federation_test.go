@@ -1,7 +1,6 @@
 package identity
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,9 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -21,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 )
 
 // fulcioFile has everything that a published Fulcio configuration has: names
@@ -149,16 +147,8 @@ func TestMetaIssuerRefusals(t *testing.T) {
 // tenants serves one provider below each path of one segment.
 func tenants(t *testing.T) (base string, token func(tenant string) string, asked *atomic.Int64) {
 	t.Helper()
-	key, err := providerKey()
-	if err != nil {
-		t.Fatal(err)
-	}
 	asked = new(atomic.Int64)
-	provider := func(issuer string) *oidctest.Provider {
-		return oidctest.New(oidctest.Config{
-			Issuer: issuer, Key: key, Subject: "s", Email: "alice@example.com", Now: func() time.Time { return noon },
-		})
-	}
+	provider := func(issuer string) *oidctest.Provider { return idptest.At(t, issuer, noon) }
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
 		tenant, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
@@ -200,7 +190,7 @@ func TestMetaIssuer(t *testing.T) {
 			t.Errorf("the challenge-claim was inherited: %s", d)
 		}
 	}
-	if p, err := v.Verify(t.Context(), token("exact")); err != nil || p.SAN.Value != "s!127.0.0.1" {
+	if p, err := v.Verify(t.Context(), token("exact")); err != nil || p.SAN.Value != "alice-id!127.0.0.1" {
 		t.Errorf("the exact issuer: %v, %v", p, err)
 	}
 	if _, err := v.Verify(t.Context(), token("a.b")); !errors.Is(err, ErrToken) {
@@ -262,7 +252,7 @@ func TestPatternFaults(t *testing.T) {
 // issuer known, and nothing that only a token says gets into the log.
 func TestMetaIssuerCosts(t *testing.T) {
 	base, token, asked := tenants(t)
-	var log lockedBuffer
+	var log idptest.Log
 	v, err := New(t.Context(), Config{
 		MetaIssuers: map[string]Issuer{base + "/*": {ClientID: "sigstore", Type: "email"}},
 	}, Options{Now: atNoon, LoopbackHTTP: true, Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -273,7 +263,7 @@ func TestMetaIssuerCosts(t *testing.T) {
 	for name, claims := range map[string]map[string]any{
 		"expired": {"exp": noon.Unix()}, "another audience": {"aud": "other"}, "no subject": {"sub": nil},
 	} {
-		p := oidctest.New(oidctest.Config{Issuer: base + "/late", Key: must(providerKey()), Now: func() time.Time { return noon }})
+		p := oidctest.New(oidctest.Config{Issuer: base + "/late", Key: idptest.Key(t), Now: func() time.Time { return noon }})
 		raw, err := p.Token(claims)
 		if err != nil {
 			t.Fatal(err)
@@ -288,7 +278,7 @@ func TestMetaIssuerCosts(t *testing.T) {
 	if _, err := v.Verify(t.Context(), token("missing-secret")); !errors.Is(err, ErrUnavailable) {
 		t.Error(err)
 	}
-	waitFor(t, func() bool { return strings.Contains(log.String(), "not refreshed") })
+	idptest.Until(t, "a line of the log", func() bool { return strings.Contains(log.String(), "not refreshed") })
 	if text := log.String(); strings.Contains(text, "missing-secret") || !strings.Contains(text, base+"/*") {
 		t.Errorf("log: %s", text)
 	}
@@ -300,35 +290,6 @@ func TestMetaIssuerCosts(t *testing.T) {
 	}
 	if h := v.Health(); len(h) != 1 || h[0].Issuer != base+"/good" || h[0].Pattern != base+"/*" || h[0].Keys != 1 || h[0].Err != nil {
 		t.Errorf("health %+v", h)
-	}
-}
-
-// lockedBuffer is a log that many goroutines write.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// waitFor polls for at most five seconds.
-func waitFor(t *testing.T, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !done(); {
-		if time.Now().After(deadline) {
-			t.Fatal("waited too long")
-		}
-		runtime.Gosched()
 	}
 }
 

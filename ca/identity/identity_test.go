@@ -30,6 +30,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 	"github.com/chancery-ca/chancery/ca/profile"
 )
 
@@ -47,26 +48,16 @@ type idp struct {
 	fetches atomic.Int64
 }
 
-// providerKey is one for all tests: generation is slow.
-var providerKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
-
 func startIDP(t *testing.T) *idp {
 	t.Helper()
-	key, err := providerKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	i := &idp{key: key}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/jwks" {
-			i.fetches.Add(1)
-		}
-		i.ServeHTTP(w, r)
-	}))
-	t.Cleanup(srv.Close)
-	i.Provider = oidctest.New(oidctest.Config{
-		Issuer: srv.URL, Key: key, Subject: "alice-id", Email: "alice@example.com",
-		Now: func() time.Time { return noon },
+	i := &idp{key: idptest.Key(t)}
+	i.Provider = idptest.Serve(t, noon, func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/jwks" {
+				i.fetches.Add(1)
+			}
+			next.ServeHTTP(w, r)
+		})
 	})
 	return i
 }

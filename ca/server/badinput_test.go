@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -18,9 +17,7 @@ import (
 	"math/big"
 	"net/http"
 	"net/http/httptest"
-	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,6 +27,7 @@ import (
 	"github.com/chancery-ca/chancery/ca/identity"
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
 	"github.com/chancery-ca/chancery/ca/internal/catest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 )
 
 // What a client is told (Fulcio 1.8, pkg/server/error.go).
@@ -45,55 +43,17 @@ const (
 // marker is in every claim of a token that is refused, and never in the log.
 const marker = "s3cr3t"
 
-// safeLog is a log that several goroutines write.
-type safeLog struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *safeLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *safeLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // embassy is a house with a provider for each of some issuer types, and
 // everything that they and the server log.
 type embassy struct {
 	*house
-	all       *safeLog
+	all       *idptest.Log
 	providers map[string]*oidctest.Provider
-}
-
-// serveAs serves a provider behind wrap, which may be nil.
-func serveAs(t *testing.T, wrap func(http.Handler) http.Handler) *oidctest.Provider {
-	t.Helper()
-	srv := httptest.NewServer(nil)
-	t.Cleanup(srv.Close)
-	key, err := providerKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := oidctest.New(oidctest.Config{
-		Issuer: srv.URL, Key: key, Subject: "alice-id", Email: "alice@example.com",
-		Now: func() time.Time { return catest.Noon },
-	})
-	srv.Config.Handler = p
-	if wrap != nil {
-		srv.Config.Handler = wrap(p)
-	}
-	return p
 }
 
 func buildEmbassy(t *testing.T, wrap func(http.Handler) http.Handler) *embassy {
 	t.Helper()
-	e := &embassy{house: &house{Parts: catest.NewParts(t), echo: echo.New()}, all: &safeLog{}, providers: map[string]*oidctest.Provider{}}
+	e := &embassy{house: &house{Parts: catest.NewParts(t), echo: echo.New()}, all: &idptest.Log{}, providers: map[string]*oidctest.Provider{}}
 	var err error
 	if e.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
@@ -113,7 +73,7 @@ func buildEmbassy(t *testing.T, wrap func(http.Handler) http.Handler) *embassy {
 		"github-workflow": {Type: "github-workflow"},
 		"ci":              {Type: "ci-provider", CIProvider: "ci"},
 	} {
-		p := serveAs(t, wrap)
+		p := idptest.Serve(t, catest.Noon, wrap)
 		issuer.ClientID = "sigstore"
 		e.providers[kind], cfg.OIDCIssuers[p.Issuer()] = p, issuer
 	}
@@ -336,10 +296,7 @@ func TestBadKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := providerKey()
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := idptest.Key(t)
 	rsaOf := func(n *big.Int, exponent int) []byte {
 		der, err := x509.MarshalPKIXPublicKey(&rsa.PublicKey{N: n, E: exponent})
 		if err != nil {
@@ -452,18 +409,9 @@ func TestBadKeys(t *testing.T) {
 func TestProviderTurns(t *testing.T) {
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("another server was asked") }))
 	defer elsewhere.Close()
-	flood := func(w http.ResponseWriter, _ *http.Request) {
-		for range 160 { // 10 MiB
-			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
-				return
-			}
-		}
-	}
 	for name, answer := range map[string]http.HandlerFunc{
-		"10 MiB": flood,
-		"10,000 keys": func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintf(w, `{"keys":[%s{}]}`, strings.Repeat("{},", 10_000))
-		},
+		"10 MiB":               idptest.Flood,
+		"10,000 keys":          idptest.ManyKeys,
 		"redirect to loopback": func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL, http.StatusFound) },
 		"redirect to metadata": func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://169.254.169.254/", http.StatusMovedPermanently)
@@ -515,12 +463,9 @@ func TestProviderTurns(t *testing.T) {
 			}
 			turned.Store(false)
 			// It is asked again now, by the request or by a retry.
-			for deadline := time.Now().Add(10 * time.Second); e.ask(t, token(), "alice@example.com").Code != http.StatusOK; {
-				if time.Now().After(deadline) {
-					t.Fatal("a provider that is well again is not believed")
-				}
-				runtime.Gosched()
-			}
+			idptest.Until(t, "faith in a provider that is well again", func() bool {
+				return e.ask(t, token(), "alice@example.com").Code == http.StatusOK
+			})
 		})
 	}
 }

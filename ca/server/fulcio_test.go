@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/chancery-ca/chancery/ca/internal/catest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 )
 
 // answer is what a client makes of an answer: of a failure status, code and
@@ -241,7 +242,7 @@ func startFulcio(t *testing.T, program string, h *house) func(*testing.T, *http.
 	ctx, stop := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, program, "serve", "--ca=ephemeralca", "--ct-log-url=", "--config-path="+config, "--host=127.0.0.1", "--port="+port,
 		"--grpc-host=127.0.0.1", "--grpc-port="+grpcPort, "--metrics-port="+metricsPort, "--legacy-unix-domain-socket="+filepath.Join(dir, "legacy.sock"))
-	var log safeLog
+	var log idptest.Log
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -19,7 +19,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -36,6 +35,7 @@ import (
 	"github.com/chancery-ca/chancery/ca/identity"
 	"github.com/chancery-ca/chancery/ca/identity/oidctest"
 	"github.com/chancery-ca/chancery/ca/internal/catest"
+	"github.com/chancery-ca/chancery/ca/internal/idptest"
 	"github.com/chancery-ca/chancery/hsm"
 )
 
@@ -59,7 +59,7 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	if h.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
 	}
-	h.idp, h.gh = serveIDP(t), serveIDP(t)
+	h.idp, h.gh = idptest.Serve(t, catest.Noon, nil), idptest.Serve(t, catest.Noon, nil)
 	cfg := h.Config()
 	if change != nil {
 		change(&cfg)
@@ -82,25 +82,6 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	s.Register(h.echo)
 	h.server = s
 	return h
-}
-
-// providerKey is one for all tests: generation is slow.
-var providerKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
-
-func serveIDP(t testing.TB) *oidctest.Provider {
-	t.Helper()
-	srv := httptest.NewServer(nil)
-	t.Cleanup(srv.Close)
-	key, err := providerKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := oidctest.New(oidctest.Config{
-		Issuer: srv.URL, Key: key, Subject: "alice-id", Email: "alice@example.com",
-		Now: func() time.Time { return catest.Noon },
-	})
-	srv.Config.Handler = p
-	return p
 }
 
 func (h *house) token(t testing.TB, claims map[string]any) string {
