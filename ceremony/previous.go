@@ -279,7 +279,11 @@ func (r *run) previousKey(ctx context.Context, role hsm.Role) (hsm.Key, hsm.Toke
 	}
 	ctx, cancel := device(ctx)
 	defer cancel()
-	key, err := tok.Open(ctx, k.Ref(), role)
+	ref := k.Ref()
+	if t := tok.Info(); t.Module == "" { // keys.yaml may name a folder of its outputs: see placedURI
+		ref.URI = placedURI(ref.URI, "tpm2:"+t.Label+"?")
+	}
+	key, err := tok.Open(ctx, ref, role)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open key of the role %s: %w", role, err)
 	}

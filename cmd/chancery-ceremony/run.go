@@ -192,7 +192,7 @@ func readAnswers(path string) (map[string]string, error) {
 func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.People, def *ceremony.Definition) error {
 	printHead(&c.printer, def)
 	began := time.Now()
-	source := &tokenSource{def: def, dir: f.dir, out: f.out, console: c, pinFiles: f.pins, newPINFiles: f.newPINs}
+	source := &tokenSource{def: def, dir: f.dir, out: f.out, before: f.before, console: c, pinFiles: f.pins, newPINFiles: f.newPINs}
 	binary, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)

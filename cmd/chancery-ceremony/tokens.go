@@ -9,9 +9,11 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/chancery-ca/chancery/ceremony"
 	"github.com/chancery-ca/chancery/ceremony/durable"
+	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/tpm"
 )
@@ -22,6 +24,7 @@ type tokenSource struct {
 	def      *ceremony.Definition
 	dir      string // the ceremony's folder
 	out      string // its outputs
+	before   string // the outputs of the ceremony that this one continues, or ""
 	console  *console
 	pinFiles pinFiles
 	// newPINFiles have what the PINs become.
@@ -140,13 +143,79 @@ func (s *tokenSource) tpm(ctx context.Context, name string) (folder, device stri
 			return "", "", false, err
 		}
 	}
+	folder, err = s.keyFolder(name, folder)
+	return folder, device, true, err
+}
+
+// keyFolder returns the absolute path of a TPM's key files. The first ceremony
+// has them below its outputs unless the URI names another place. A later one
+// goes on with them: where no folder is named, in their place; where one of the
+// outputs is, with copies in its own outputs, because keys.yaml names them there.
+func (s *tokenSource) keyFolder(name, folder string) (string, error) {
+	if filepath.IsAbs(folder) {
+		return folder, nil
+	}
+	if s.def.Previous != nil && s.before == "" {
+		return "", usageError{fmt.Errorf("token %s: its key files are in the outputs before: --previous is needed, also to resume", name)}
+	}
+	if folder == "" && s.before != "" {
+		return folderBefore(filepath.Join(s.before, "keys.yaml"), name, filepath.Join(s.out, tpmFolder, name))
+	}
 	if folder == "" {
 		folder = filepath.Join(tpmFolder, name)
 	}
-	if !filepath.IsAbs(folder) {
-		folder, err = filepath.Abs(filepath.Join(s.out, folder))
+	own, err := filepath.Abs(filepath.Join(s.out, folder))
+	if err == nil && s.before != "" {
+		err = copyKeyFiles(filepath.Join(s.before, folder), own)
 	}
-	return folder, device, true, err
+	return own, err
+}
+
+// folderBefore returns where the key files of a token are, as a keys.yaml says
+// that names none in its outputs, and other if it has no key there.
+func folderBefore(keys, token, other string) (string, error) {
+	ring, err := trust.LoadKeyRing(keys)
+	if err != nil {
+		return "", err
+	}
+	for _, k := range ring.Keys {
+		if file, _, ok := splitTPM(k.URI); ok && k.Token == token && filepath.IsAbs(file) {
+			return filepath.Dir(file), nil
+		}
+	}
+	return filepath.Abs(other)
+}
+
+// maxKeyFile bounds a key file and what is beside it, in octets.
+const maxKeyFile = 64 << 10
+
+// copyKeyFiles copies what is in a folder of key files and is not in another,
+// whole. A file that differs there is refused (fs.ErrExist). They open nothing
+// but in their own TPM.
+func copyKeyFiles(from, to string) error {
+	entries, err := os.ReadDir(from)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the token is new
+	}
+	if err == nil {
+		err = durable.MakeFolder(to, 0o700)
+	}
+	if err != nil {
+		return fmt.Errorf("copy key files: %w", err)
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() || strings.HasPrefix(e.Name(), ".") { // not finished
+			continue
+		}
+		content, err := readFile(filepath.Join(from, e.Name()), maxKeyFile)
+		if err == nil {
+			err = durable.Publish(filepath.Join(to, e.Name()), content, 0o600)
+		}
+		if err != nil {
+			return fmt.Errorf("copy key file %s: %w", e.Name(), err)
+		}
+	}
+	return nil
 }
 
 // emulated says whether device is an emulator on a Unix socket; anything else
