@@ -35,6 +35,9 @@ type Request struct {
 	Ceremony string `yaml:"ceremony"`
 	// Head is the hash of its last record when it was exported, hexadecimal.
 	Head string `yaml:"head"`
+	// AcceptSoftware lets a production ceremony certify a key that was made in a
+	// token known to be software. Everyone reads it aloud.
+	AcceptSoftware bool `yaml:"accept-software"`
 }
 
 // peerKinds are the kinds that are each other's other side.
@@ -126,6 +129,9 @@ func (d *Definition) importDetails() []string {
 	var details []string
 	if r := d.Request; r != nil {
 		details = append(details, "request of ceremony "+r.Ceremony, "its last record: "+r.Head)
+		if r.AcceptSoftware {
+			details = append(details, "WARNING: the key may be in software")
+		}
 	}
 	for _, name := range d.requests() {
 		c := d.Certificates[name]
@@ -191,9 +197,25 @@ func (f *facts) checkOtherCeremony(other *facts, at time.Time) error {
 		return fmt.Errorf("nobody could import the certificate: %w", err)
 	}
 	for name := range f.def.Keys {
-		if err := errors.Join(f.before.checkNew(other.keys[name].spki), other.before.checkNew(other.keys[name].spki)); err != nil {
+		k := other.keys[name]
+		if err := errors.Join(f.def.checkOrigin(k.evidence), f.before.checkNew(k.spki), other.before.checkNew(k.spki)); err != nil {
 			return fmt.Errorf("key %s: %w", name, err)
 		}
+	}
+	return nil
+}
+
+// checkOrigin wants the evidence to claim no more than a ceremony can record
+// (nobody has checked a maker's certificate, and a key that was restored was not
+// made), and no software in production unless the root's own definition accepts
+// it: that the other one does is not enough.
+func (d *Definition) checkOrigin(e hsm.Evidence) error {
+	software := hsm.IsSoftware(e.Token)
+	if claimed := map[bool]hsm.Level{true: hsm.LevelSoftware, false: hsm.LevelModule}[software]; e.Level != claimed {
+		return fmt.Errorf("evidence level %.20q of a %.40q, want %s: %w", e.Level, e.Token.Model, claimed, hsm.ErrPolicy)
+	}
+	if software && d.Environment == Production && !d.Request.AcceptSoftware {
+		return fmt.Errorf("it was made in software (%.40q): %w", e.Token.Model, ErrEnvironment)
 	}
 	return nil
 }

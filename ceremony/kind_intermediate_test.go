@@ -302,6 +302,7 @@ func TestRequestRefused(t *testing.T) {
 		{"a key that was brought", edited("key/inter-g2", Done, swapped(`"LOCAL":"true"`, `"LOCAL":"false"`)), hsm.ErrPolicy},
 		{"evidence of another self-test", edited("key/inter-g2", Done, swapped(`self-test of`, `self-test  of`)), hsm.ErrBadSignature},
 		{"evidence of another key", edited("key/inter-g2", Done, swapped(`"spkiSHA256":"`, `"spkiSHA256":"0`)), hsm.ErrMismatch},
+		{"evidence that claims more than was shown", edited("key/inter-g2", Done, swapped(`"level":"software"`, `"level":"attested"`)), ErrTranscript},
 		{"a key in another token", edited("inventory/online", Done, swapped(`"serial":"`, `"serial":"0`)), ErrTranscript},
 		{"a ceremony of another definition", edited("open", Done, swapped(`"definitionSHA256":"`, `"definitionSHA256":"0`)), ErrDefinition},
 		{"a ceremony of another kind", edited("open", Done, swapped(`"kind":"intermediate-csr"`, `"kind":"rotate"`)), ErrTranscript},
@@ -848,6 +849,37 @@ func TestOtherDeviceOfTheName(t *testing.T) {
 	}
 	if n, err := h.opts.Tokens[DemoOnlineToken].Keys(t.Context()); n != 0 || err != nil {
 		t.Errorf("%d keys (%v), want none", n, err)
+	}
+}
+
+// What evidence may claim, and what a root certifies.
+func TestCheckOrigin(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		env    Environment
+		accept bool
+		model  string
+		level  hsm.Level
+		want   error
+	}{
+		{"software in a rehearsal", Rehearsal, false, "SoftHSM v2", hsm.LevelSoftware, nil},
+		{"software in production", Production, false, "SoftHSM v2", hsm.LevelSoftware, ErrEnvironment},
+		{"software that is accepted", Production, true, "SoftHSM v2", hsm.LevelSoftware, nil},
+		{"software that claims to be a module", Production, true, "SoftHSM v2", hsm.LevelModule, hsm.ErrPolicy},
+		{"a module", Production, false, "Luna K7", hsm.LevelModule, nil},
+		{"a module that claims to be software", Production, true, "Luna K7", hsm.LevelSoftware, hsm.ErrPolicy},
+		{"a module that claims to be attested", Production, false, "Luna K7", hsm.LevelAttested, hsm.ErrPolicy},
+		{"a key that was restored", Production, false, "Luna K7", hsm.LevelRestored, hsm.ErrPolicy},
+		{"no level", Production, false, "Luna K7", "", hsm.ErrPolicy},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d := &Definition{Environment: tc.env, Request: &Request{AcceptSoftware: tc.accept}}
+			maker := map[bool]string{true: "SoftHSM project", false: "Thales"}[tc.model == "SoftHSM v2"]
+			err := d.checkOrigin(hsm.Evidence{Level: tc.level, Token: hsm.TokenInfo{Manufacturer: maker, Model: tc.model}})
+			if !errors.Is(err, tc.want) {
+				t.Errorf("error %v, want %v", err, tc.want)
+			}
+		})
 	}
 }
 

@@ -174,8 +174,12 @@ func TestIntermediateApart(t *testing.T) {
 
 	id, last := lastRecord(t, asks)
 	definition, _, _ := strings.Cut(r.head("acme-inter-2026-sign", "sign-intermediate", root), "tuf:")
-	signs := r.waits("sign", definition+"tokens:\n"+fmt.Sprintf(rootToken, "")+certificate+
-		fmt.Sprintf("request: {ceremony: %s, head: %q}\nkeys: {inter-g2: {alg: ecdsa-p256}}\n", id, last), root)
+	definition += "tokens:\n" + fmt.Sprintf(rootToken, "") + certificate + "keys: {inter-g2: {alg: ecdsa-p256}}\n"
+	strict := r.waits("strict", definition+fmt.Sprintf("request: {ceremony: %s, head: %q}\n", id, last), root)
+	if status, text := r.converse(strict, "import", strict, request); status == 0 || !strings.Contains(text, "it was made in software") {
+		t.Errorf("a key in software that the root does not accept: status %d\n%s", status, text)
+	}
+	signs := r.waits("sign", definition+fmt.Sprintf("request: {ceremony: %s, head: %q, accept-software: true}\n", id, last), root)
 	if status, text := r.converse(signs, "import", signs, request); status != 0 {
 		t.Fatalf("import at the root: status %d\n%s", status, text)
 	}
