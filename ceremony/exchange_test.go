@@ -3,6 +3,7 @@ package ceremony
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"errors"
 	"io/fs"
 	"os"
@@ -450,5 +451,23 @@ func TestMachinesDefinition(t *testing.T) {
 	}
 	if _, err := demoDefinition(t).On(Online); !errors.Is(err, ErrMachine) {
 		t.Errorf("one machine as two: %v, want ErrMachine", err)
+	}
+}
+
+// The record of the last import has room for whatever a ceremony may carry over:
+// it must not turn out too large when the root has signed.
+func TestLargestRecord(t *testing.T) {
+	const besides = 256 << 10 // of a transcript, more than ever was
+	inBase64 := base64.StdEncoding.EncodedLen
+	request := inBase64(maxCarried) + besides
+	response := inBase64(maxCarried) + inBase64(request) + besides
+	if response > bundle.MaxFile {
+		t.Errorf("a response's transcript of %d octets is too large for a bundle", response)
+	}
+	if last := inBase64(response) + besides; last > MaxRecord {
+		t.Errorf("the last import has %d octets, a record at most %d", last, MaxRecord)
+	}
+	if all := inBase64(maxCarried) + inBase64(response) + 2*besides; all > MaxTranscript {
+		t.Errorf("a transcript has %d octets", all)
 	}
 }

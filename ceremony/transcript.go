@@ -25,7 +25,11 @@ const TranscriptName = "transcript.jsonl"
 // The bounds of a transcript that is read.
 const (
 	MaxTranscript = 16 << 20 // octets
-	MaxRecord     = 1 << 20  // octets of one line
+	// MaxRecord is how many octets one line has. The largest is that of an import
+	// on the online machine: it has the transcript of the offline one, in which is
+	// what that one carried over (maxCarried) and the transcript of the request,
+	// in which is the same again; each is in base64.
+	MaxRecord = 4 << 20
 )
 
 // Errors that callers branch on.
