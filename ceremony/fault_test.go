@@ -1,10 +1,12 @@
 package ceremony
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"path/filepath"
 	"testing"
+	"time"
 
 	p11 "github.com/miekg/pkcs11"
 
@@ -66,13 +68,21 @@ func TestTokenPulled(t *testing.T) {
 // back waits until a token that was lost answers again.
 func back(t *testing.T, tok hsm.Token) {
 	t.Helper()
-	var err error
-	for range 100 { // each waits for the recovery a while
-		if _, err = tok.Random(t.Context(), 1); err == nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	poll := time.NewTicker(10 * time.Millisecond)
+	defer poll.Stop()
+	for {
+		_, err := tok.Random(ctx, 1)
+		if err == nil {
 			return
 		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			t.Fatalf("the token does not come back: %v", err)
+		}
 	}
-	t.Fatalf("the token does not come back: %v", err)
 }
 
 // resumeUntilBack resumes while the token is being found again.
