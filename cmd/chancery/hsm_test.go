@@ -52,11 +52,12 @@ func echoes(t *testing.T, f *os.File) bool {
 // awaitSilence waits until the program reads without echo.
 func awaitSilence(t *testing.T, program *os.File) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); echoes(t, program); {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); echoes(t, program); <-tick.C {
 		if time.Now().After(deadline) {
 			t.Fatal("the prompt echoes")
 		}
-		time.Sleep(time.Millisecond) // a poll with a bound
 	}
 }
 

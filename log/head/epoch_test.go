@@ -124,11 +124,12 @@ func (f *fixture) settles(c *memory, value uint64) {
 
 func (f *fixture) until(what string, done func() bool) {
 	f.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !done(); {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); !done(); <-tick.C {
 		if time.Now().After(deadline) {
 			f.t.Fatalf("no %s: %+v, counter error %v, error %v", what, f.heads.Stats(), f.heads.CounterErr(), f.heads.Err())
 		}
-		time.Sleep(time.Millisecond)
 	}
 }
 

@@ -200,12 +200,7 @@ func (f *fixture) await(size uint64) Signed {
 // recovers waits until heads are signed again, which needs no caller.
 func (f *fixture) recovers() {
 	f.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); f.heads.Err() != nil; {
-		if time.Now().After(deadline) {
-			f.t.Fatal("no recovery")
-		}
-		time.Sleep(time.Millisecond)
-	}
+	f.until("recovery", func() bool { return f.heads.Err() == nil })
 }
 
 // verify checks a head's signature and root with nothing of ours but tiles.
@@ -645,9 +640,7 @@ func TestAwaitCancelled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	errs := make(chan error, 1)
 	go func() { _, err := f.heads.Await(ctx, 1); errs <- err }()
-	for f.heads.Stats().Waiters != 1 {
-		time.Sleep(time.Millisecond)
-	}
+	f.until("waiting calls", func() bool { return f.heads.Stats().Waiters == 1 })
 	cancel()
 	if err := <-errs; !errors.Is(err, context.Canceled) {
 		t.Fatalf("error %v, want context.Canceled", err)
@@ -668,9 +661,7 @@ func TestAwaitIsBounded(t *testing.T) {
 	for range 2 {
 		go func() { _, err := f.heads.Await(t.Context(), 1); errs <- err }()
 	}
-	for f.heads.Stats().Waiters != 2 {
-		time.Sleep(time.Millisecond)
-	}
+	f.until("waiting calls", func() bool { return f.heads.Stats().Waiters == 2 })
 	if _, err := f.heads.Await(t.Context(), 1); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("error %v, want ErrUnavailable", err)
 	}
@@ -686,9 +677,7 @@ func TestClose(t *testing.T) {
 	f := newFixture(t).open()
 	errs := make(chan error, 1)
 	go func() { _, err := f.heads.Await(context.Background(), 10); errs <- err }()
-	for f.heads.Stats().Waiters != 1 {
-		time.Sleep(time.Millisecond)
-	}
+	f.until("waiting calls", func() bool { return f.heads.Stats().Waiters == 1 })
 	if err := f.heads.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -750,9 +739,7 @@ func TestIntervals(t *testing.T) {
 	for range 40 {
 		f.add(1)
 	}
-	for f.heads.Latest().Size < 40 {
-		time.Sleep(5 * time.Millisecond)
-	}
+	f.until("head of 40 leaves", func() bool { return f.heads.Latest().Size >= 40 })
 	if n, most := f.key.Count()-1, int64(time.Since(start)/(200*time.Millisecond))+1; n > most {
 		t.Errorf("%d signatures in %v, want at most %d", n, time.Since(start), most)
 	}
@@ -770,9 +757,7 @@ func TestIntervals(t *testing.T) {
 	f.openTree()
 	f.open(func(c *Config) { c.MaxAge = 100 * time.Millisecond })
 	a := f.heads.Latest()
-	for !f.heads.Latest().Time.After(a.Time) {
-		time.Sleep(5 * time.Millisecond)
-	}
+	f.until("head after another", func() bool { return f.heads.Latest().Time.After(a.Time) })
 	b := f.heads.Latest()
 	f.verify(b)
 	if age := b.Time.Sub(a.Time); b.Size != 42 || age < 90*time.Millisecond {

@@ -377,17 +377,22 @@ func TestBatches(t *testing.T) {
 // waitFor waits until cond, which is called with the tree's lock.
 func waitFor(t *testing.T, lt *logTree, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	poll(t, func() bool {
 		lt.mu.Lock()
-		ok := cond()
-		lt.mu.Unlock()
-		if ok {
-			return
-		}
+		defer lt.mu.Unlock()
+		return cond()
+	})
+}
+
+// poll waits until cond, for at most ten seconds.
+func poll(t *testing.T, cond func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); !cond(); <-tick.C {
 		if time.Now().After(deadline) {
 			t.Fatal("timeout")
 		}
-		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -983,15 +988,11 @@ func TestSeveralTrees(t *testing.T) {
 	})
 	lt := tr.(*logTree)
 	waitFor(t, lt, func() bool { return len(lt.waiting) == 1 && len(lt.queue) == 0 })
-	for { // the first tree's integrator is in the gate, or will be
+	poll(t, func() bool { // the first tree's integrator is in the gate, or will be
 		s.mu.Lock()
-		held := s.held
-		s.mu.Unlock()
-		if held == 1 {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+		defer s.mu.Unlock()
+		return s.held == 1
+	})
 	s.set(func() { s.gate = nil })
 	fill(t, other, 0, 50)
 	if tr.Root().Size != 0 || other.Root().Size != 50 {
