@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -12,11 +13,15 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -467,5 +472,83 @@ func TestProviderTurns(t *testing.T) {
 				return e.ask(t, token(), "alice@example.com").Code == http.StatusOK
 			})
 		})
+	}
+}
+
+// TestSlowBodies: a body that stops, or comes by drops, ends when the listener's
+// time for it is over, as the client's fault and with nothing of it in the log,
+// and keeps nobody from a certificate.
+func TestSlowBodies(t *testing.T) {
+	e := buildEmbassy(t, nil)
+	raw, err := e.providers["email"].Token(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewUnstartedServer(e.echo)
+	srv.Config.ReadTimeout = 300 * time.Millisecond
+	srv.Start()
+	defer srv.Close()
+	good := body(t, raw, publicPEM(t, e.key.Public()), prove(t, e.key, "alice@example.com"))
+	half := strings.Replace(good, "{", `{"`+marker+`":1,`, 1)[:len(good)/2]
+	for name, rest := range map[string]func(net.Conn) error{
+		"stops": func(net.Conn) error { return nil },
+		"by drops": func(c net.Conn) error {
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			for range 200 {
+				if _, err := c.Write([]byte(" ")); err != nil {
+					return nil // hung up, as it should
+				}
+				<-tick.C
+			}
+			return errors.New("two seconds of drops were read")
+		},
+	} {
+		for _, path := range []string{PathSigningCert, PathLegacySigningCert} {
+			c, err := net.Dial("tcp", srv.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Length: 100000\r\n\r\n%s", path, raw, half); err != nil {
+				t.Fatal(err)
+			}
+			if err := rest(c); err != nil {
+				t.Errorf("%s, %s: %v", name, path, err)
+			}
+			_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			text, err := io.ReadAll(c)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s, %s: the connection stays open", name, path)
+			}
+			if !bytes.HasPrefix(text, []byte("HTTP/1.1 408 ")) {
+				t.Errorf("%s, %s: %.100q", name, path, text)
+			}
+			_ = c.Close()
+		}
+	}
+	leafOf(t, e.ask(t, raw, "alice@example.com"))
+	idptest.Until(t, "a line for each", func() bool { return strings.Count(e.all.String(), "request refused") == 4 })
+	e.wantSilence(t, raw)
+	if n := strings.Count(e.all.String(), "status=408"); n != 4 {
+		t.Errorf("%d of 4 are the client's fault: %s", n, e.all.String())
+	}
+}
+
+// TestSlowBodyOverHTTP2 is the same for a stream of a connection that others use.
+func TestSlowBodyOverHTTP2(t *testing.T) {
+	e := buildEmbassy(t, nil)
+	srv := httptest.NewUnstartedServer(e.echo)
+	srv.EnableHTTP2, srv.Config.ReadTimeout = true, 300*time.Millisecond
+	srv.StartTLS()
+	defer srv.Close()
+	late, end := io.Pipe()
+	defer end.Close()
+	resp, err := srv.Client().Post(srv.URL+PathSigningCert, "application/json", late)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.ProtoMajor != 2 || resp.StatusCode != http.StatusRequestTimeout {
+		t.Errorf("HTTP/%d, status %d", resp.ProtoMajor, resp.StatusCode)
 	}
 }

@@ -21,6 +21,7 @@ var (
 	errMethod   = errors.New("method not allowed")
 	errTooLarge = errors.New("request body is too large")
 	errRequest  = errors.New("request is not a message of the interface")
+	errSlow     = errors.New("request body did not arrive in time")
 	errMarshal  = errors.New("answer could not be encoded")
 )
 
@@ -54,6 +55,7 @@ var failures = []struct {
 	{ca.ErrIdentity, failure{http.StatusBadRequest, codes.InvalidArgument, "The identity in the token cannot be put into a certificate", 0}},
 	{errRequest, failure{http.StatusBadRequest, codes.InvalidArgument, "The request could not be parsed", 0}},
 	{errTooLarge, failure{http.StatusRequestEntityTooLarge, codes.ResourceExhausted, "The request is larger than 4 MiB", 0}},
+	{errSlow, failure{http.StatusRequestTimeout, codes.DeadlineExceeded, "The request did not arrive in time", 0}},
 	{errMethod, failure{http.StatusNotImplemented, codes.Unimplemented, "Method Not Allowed", 0}},
 	{ca.ErrBusy, failure{http.StatusServiceUnavailable, codes.Unavailable, "The certificate authority is busy; try again", 1}},
 	{ca.ErrUnavailable, failure{http.StatusServiceUnavailable, codes.Unavailable, "The certificate authority is not available; try again", 2}},
@@ -66,7 +68,8 @@ var failures = []struct {
 
 // failureOf is the one place where an error becomes an answer.
 func failureOf(ctx context.Context, err error) failure {
-	if errors.Is(ctx.Err(), context.Canceled) {
+	// The listener ends the context of a body that is late, too.
+	if errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, errSlow) {
 		return failure{statusClientClosed, codes.Canceled, "The client went away", 0}
 	}
 	var algorithm *identity.AlgorithmError

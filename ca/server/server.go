@@ -30,6 +30,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -238,6 +239,9 @@ func readRequest(c echo.Context, msg proto.Message) error {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
 			return errTooLarge
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return errSlow
 		}
 		return fmt.Errorf("%w: read body: %w", errRequest, err)
 	}
