@@ -41,10 +41,17 @@ func (t Token) checkPIN() error {
 func (d *Definition) pinSteps() []Step {
 	var steps []Step
 	for _, name := range sorted(d.Tokens) {
-		if d.Tokens[name].ChangePIN {
-			steps = append(steps, named(StepPIN, name, "Whoever saw or kept the PIN of today cannot open the token tomorrow.",
-				"Log out of token %s and change its PIN.", name))
+		t := d.Tokens[name]
+		if !t.ChangePIN {
+			continue
 		}
+		step := named(StepPIN, name, "Whoever saw or kept the PIN of today cannot open the token tomorrow.",
+			"Log out of token %s and change its PIN.", name)
+		step.Details = []string{"the old PIN, then the new one twice; each is on paper before it is typed"}
+		if t.PINParts > 1 {
+			step.Details = append(step.Details, fmt.Sprintf("in %d parts, each by another person", t.PINParts))
+		}
+		steps = append(steps, step)
 	}
 	return steps
 }

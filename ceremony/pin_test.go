@@ -217,3 +217,50 @@ func TestChangePINRefused(t *testing.T) {
 		t.Errorf("a TPM: %v, want ErrDefinition", err)
 	}
 }
+
+// TestPINSteps: where a PIN is changed, and what the plan says of it.
+func TestPINSteps(t *testing.T) {
+	pinSteps := func(d *Definition) (found []Step) {
+		t.Helper()
+		steps, err := Plan(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		outputs := slices.IndexFunc(steps, func(s Step) bool { return s.Kind == StepOutputs })
+		checkpoint := slices.IndexFunc(steps, func(s Step) bool { return s.Kind == StepCheckpoint })
+		for i, s := range steps {
+			if s.Kind != StepPIN {
+				continue
+			}
+			if i < outputs || i > checkpoint {
+				t.Errorf("%s is step %d, want it between %d and %d", s.ID, i, outputs, checkpoint)
+			}
+			found = append(found, s)
+		}
+		return found
+	}
+	if got := pinSteps(demoDefinition(t)); len(got) != 0 {
+		t.Errorf("%d PINs are changed, want none", len(got))
+	}
+	source := strings.Replace(string(pinDefinition(t).Source()), "change-pin: true", "change-pin: true, pin-parts: 2", 1)
+	d, err := ParseDefinition([]byte(source))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := pinSteps(d); len(got) != 1 || got[0].ID != "pin/root" || !slices.Contains(got[0].Details, "in 2 parts, each by another person") {
+		t.Errorf("steps %+v, want pin/root in 2 parts", got)
+	}
+	two := strings.NewReplacer(`token=root", `, `token=root", machine: offline, `, `token=online", `, `token=online", machine: online, change-pin: true, `).Replace(source)
+	if d, err = ParseDefinition([]byte(two)); err != nil {
+		t.Fatal(err)
+	}
+	for machine, want := range map[Machine]string{Offline: "pin/root", Online: "pin/online"} {
+		part, err := d.On(machine)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := pinSteps(part); len(got) != 1 || got[0].ID != want {
+			t.Errorf("on the %s machine %+v, want %s alone", machine, got, want)
+		}
+	}
+}

@@ -145,13 +145,17 @@ func TestFaults(t *testing.T) {
 		{"replace", "renameat", 1},
 	} {
 		for _, effect := range []string{"error=EIO", "error=ENOSPC", "signal=SIGKILL"} {
+			if effect == "error=ENOSPC" && row.call != "write" {
+				continue // as the other error
+			}
 			t.Run(row.operation+" "+row.call+" "+effect, func(t *testing.T) {
+				t.Parallel()
 				for n := 1; n <= row.times; n++ {
 					if !faulty(t, row.operation, fmt.Sprintf("%s:%s:when=%d", row.call, effect, n)) {
 						t.Errorf("call %d of %d was not made", n, row.times)
 					}
 				}
-				if faulty(t, row.operation, fmt.Sprintf("%s:%s:when=%d", row.call, effect, row.times+1)) {
+				if effect == "error=EIO" && faulty(t, row.operation, fmt.Sprintf("%s:%s:when=%d", row.call, effect, row.times+1)) {
 					t.Errorf("more than %d calls", row.times)
 				}
 			})
