@@ -89,7 +89,7 @@ func tamperEach(t *testing.T, dir, path string, file File) {
 	defer w.Close()
 	step := 1
 	if file.Size > 8192 {
-		step = file.Size / 4096 // a sample of large files
+		step = file.Size / 512 // a sample of large files
 	}
 	for i := 0; i < file.Size; i += step {
 		if _, err := w.WriteAt([]byte{file.content[i] ^ 1}, int64(i)); err != nil {
