@@ -252,7 +252,7 @@ func (d *drafts) show(p *printer) {
 	p.field("", fmt.Sprintf("%d of %d custodians; timestamps for %s", layout.Threshold, len(layout.Custodians), layout.Expires.Timestamp))
 	if old := d.inForce; old != nil {
 		leave, join := missing(old.Layout.Custodians, layout.Custodians), missing(layout.Custodians, old.Layout.Custodians)
-		p.field("", fmt.Sprintf("follows root %d, of whose custodians %d of %d must sign too; %d leave, %d join",
+		p.field("", fmt.Sprintf("follows root %d, of whose custodians %d of %d must sign too; leaving: %d, joining: %d",
 			old.Version, old.Layout.Threshold, len(old.Layout.Custodians), leave, join))
 	}
 	p.hash("", d.root.Digest())

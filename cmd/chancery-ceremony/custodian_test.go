@@ -157,7 +157,7 @@ func TestCustodianSign(t *testing.T) {
 		signatures        int
 		rootOK, targetsOK bool // after it
 	}{
-		{"c3", "2 leave, 1 join", 2, false, false},
+		{"c3", "leaving: 2, joining: 1", 2, false, false},
 		{"c4", "joins with root 2", 2, false, true}, // the old threshold is missing
 		{"c1", "leaves with root 2, and signs that root for the last time", 1, true, true},
 	} {
