@@ -21,6 +21,10 @@ import (
 	"testing"
 	"time"
 
+	ctgo "github.com/google/certificate-transparency-go"
+	ctclient "github.com/google/certificate-transparency-go/client"
+	"github.com/google/certificate-transparency-go/jsonclient"
+	"github.com/google/certificate-transparency-go/x509util"
 	rekornote "github.com/sigstore/rekor-tiles/v2/pkg/note"
 	"github.com/sigstore/sigstore-go/pkg/bundle"
 	"github.com/sigstore/sigstore-go/pkg/root"
@@ -29,6 +33,8 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/theupdateframework/go-tuf/v2/metadata/fetcher"
 	"github.com/transparency-dev/formats/log"
+	"github.com/transparency-dev/merkle/proof"
+	"github.com/transparency-dev/merkle/rfc6962"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/chancery-ca/chancery/ceremony"
@@ -39,7 +45,7 @@ import (
 const maxCeremony = 3 * time.Minute
 
 // TestRotation is the whole life of a Chancery in production, with clients that
-// are not ours: genesis, signatures, another intermediate, another log key,
+// are not ours: genesis, signatures, another intermediate, other log keys,
 // signatures. It says how long the ceremonies took, which is the time that
 // ceremony/README.md states.
 func TestRotation(t *testing.T) { rotation(t, "") }
@@ -63,12 +69,13 @@ func rotation(t *testing.T, cosignPath string) {
 	oldInter := certificateOf(t, filepath.Join(genesis, "intermediate.pem"))
 	rotated := r.perform("rotate", r.rotate(genesis, oldInter), genesis)
 	s.get("/readyz", http.StatusOK)
-	// The log is frozen, its last checkpoint goes into the record, and another
-	// shard with another key follows.
+	// The logs are frozen, their last heads go into the record, and other shards
+	// with other keys follow.
 	r.stop()
 	r.settings["rekor"] = map[string]any{"frozen": true}
 	r.serve(genesis)
-	r.checkpoint = r.write("last.checkpoint", string(s.get("/log/log2026-1/api/v2/checkpoint", http.StatusOK)), 0o600)
+	r.write("last.checkpoint", string(s.get("/log/log2026-1/api/v2/checkpoint", http.StatusOK)), 0o600)
+	r.write("last.sth", string(s.get("/ct/ct2026/ct/v1/get-sth", http.StatusOK)), 0o600)
 	if resp, err := s.http.Post(s.url+"/api/v2/log/entries", "application/json", strings.NewReader("{}")); err != nil || resp.StatusCode != http.StatusMethodNotAllowed {
 		t.Errorf("an entry for the frozen log: %v, %v", resp, err)
 	}
@@ -91,6 +98,7 @@ func rotation(t *testing.T, cosignPath string) {
 	before.files(old)        // and are as good as ever for what they know
 	r.revoked(last, oldInter)
 	r.oldShard(genesis, last, old, oldLast)
+	r.oldCTShard(genesis, old)
 	r.stop()
 	r.revokedStops(genesis, last)
 	r.damagedShard(last)
@@ -109,7 +117,6 @@ type room struct {
 
 	custodians string // of the definition
 	before     string // outputs that the ceremony continues, "" for the genesis
-	checkpoint string // path of the last one of the log that is replaced
 	printed    string // words of the definition, on everybody's paper
 	readAloud  string // words of a bundle, from the other machine's screen
 	machine    time.Duration
@@ -250,8 +257,9 @@ func (r *room) logKey(previous string) string {
 	return r.head("acme-log-key-2026", "log-key", previous) + "tokens:\n" + fmt.Sprintf(onlineToken, "") + `rotation: {overlap: 1d}
 keys:
   rekor-2: {token: online, alg: ecdsa-p256}
+  ct-2:    {token: online, alg: ecdsa-p256}
 service:
-  logs: {rekor: {shard: log2026-2}}
+  logs: {rekor: {shard: log2026-2}, ct: {shard: ct2027}}
 `
 }
 
@@ -357,7 +365,10 @@ func (r *room) answer(out, kind, what, passed string) string {
 	case "witness":
 		return r.witnessSigns(out, named(`\(witness\s+(\w+)\)\s+signs`))
 	case "frozen":
-		return r.checkpoint
+		if strings.Contains(named(`The\s+shard\s+(\S+)\s+takes`), "/ct/") {
+			return r.path("last.sth")
+		}
+		return r.path("last.checkpoint")
 	}
 	r.t.Fatalf("nobody knows what to answer to %q", kind)
 	return ""
@@ -671,7 +682,8 @@ func (r *room) oldShard(genesis, last string, bundles map[string]string, seen []
 	r.t.Helper()
 	const shard = "/log/log2026-1/api/v2/"
 	end := r.open(genesis, r.s.get(shard+"checkpoint", http.StatusOK))
-	frozen, err := filepath.Glob(filepath.Join(last, "frozen", "*.checkpoint"))
+	id := r.logID(genesis, "rekor.pub")
+	frozen, err := filepath.Glob(filepath.Join(last, "frozen", fmt.Sprintf("%x.checkpoint", id[:8])))
 	if err != nil || len(frozen) != 1 {
 		r.t.Fatalf("frozen: %v, %v", frozen, err)
 	}
@@ -681,24 +693,24 @@ func (r *room) oldShard(genesis, last string, bundles map[string]string, seen []
 	}
 	tree := tlog.Tree{N: int64(end.Size), Hash: tlog.Hash(end.Hash)}
 	reader := tlog.TileHashReader(tree, shardTiles{r.s, shard})
-	proof, err := tlog.ProveTree(tree.N, int64(earlier.Size), reader)
+	path, err := tlog.ProveTree(tree.N, int64(earlier.Size), reader)
 	if err == nil {
-		err = tlog.CheckTree(proof, tree.N, tree.Hash, int64(earlier.Size), tlog.Hash(earlier.Hash))
+		err = tlog.CheckTree(path, tree.N, tree.Hash, int64(earlier.Size), tlog.Hash(earlier.Hash))
 	}
 	if err != nil {
 		r.t.Errorf("the old shard does not continue what was seen: %v", err)
 	}
 	entries := r.s.get(fmt.Sprintf("%stile/entries/000.p/%d", shard, end.Size), http.StatusOK)
-	for name, path := range bundles {
-		b, err := bundle.LoadJSONFromPath(path)
+	for name, file := range bundles {
+		b, err := bundle.LoadJSONFromPath(file)
 		if err != nil {
 			r.t.Fatal(err)
 		}
 		entry := b.GetVerificationMaterial().GetTlogEntries()[0]
 		leaf := tlog.RecordHash(entry.GetCanonicalizedBody())
-		proof, err := tlog.ProveRecord(tree.N, entry.GetLogIndex(), reader)
+		path, err := tlog.ProveRecord(tree.N, entry.GetLogIndex(), reader)
 		if err == nil {
-			err = tlog.CheckRecord(proof, tree.N, tree.Hash, entry.GetLogIndex(), leaf)
+			err = tlog.CheckRecord(path, tree.N, tree.Hash, entry.GetLogIndex(), leaf)
 		}
 		if err != nil || !bytes.Contains(entries, entry.GetCanonicalizedBody()) {
 			r.t.Errorf("the entry of %s is not in the old shard: %v", name, err)
@@ -709,6 +721,63 @@ func (r *room) oldShard(genesis, last string, bundles map[string]string, seen []
 	}
 	r.open(last, r.s.get("/api/v2/checkpoint", http.StatusOK))
 	r.open(last, r.s.get("/log/log2026-2/api/v2/checkpoint", http.StatusOK))
+}
+
+// logID is the SHA-256 of the public key in a file of the outputs.
+func (r *room) logID(out, name string) [sha256.Size]byte {
+	r.t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(publicKey(r.t, mustRead(r.t, filepath.Join(out, name))))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return sha256.Sum256(der)
+}
+
+// oldCTShard finds the certificates of before in the CT log that has a successor,
+// with certificate-transparency-go, and no way to add another.
+func (r *room) oldCTShard(genesis string, bundles map[string]string) {
+	r.t.Helper()
+	const shard = "/ct/ct2026"
+	c, err := ctclient.New(r.s.url+shard, r.s.http, jsonclient.Options{PublicKey: string(mustRead(r.t, filepath.Join(genesis, "ct.pub")))})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	sth, err := c.GetSTH(r.t.Context()) // verifies the signature
+	if err != nil || sth.TreeSize < uint64(len(bundles)) {
+		r.t.Fatalf("tree head %v, %v", sth, err)
+	}
+	for name, path := range bundles {
+		b, err := bundle.LoadJSONFromPath(path)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		leaf := b.GetVerificationMaterial().GetCertificate().GetRawBytes()
+		if leaf == nil {
+			leaf = b.GetVerificationMaterial().GetX509CertificateChain().GetCertificates()[0].GetRawBytes()
+		}
+		scts, err := x509util.ParseSCTsFromCertificate(leaf)
+		if err != nil || len(scts) != 1 {
+			r.t.Fatalf("%d SCTs, %v", len(scts), err)
+		}
+		entry, err := ctgo.MerkleTreeLeafForEmbeddedSCT(ctChain(r.t, leaf, mustRead(r.t, filepath.Join(genesis, "chain.pem")))[:2], scts[0].Timestamp)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		hash, err := ctgo.LeafHashForLeaf(entry)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		got, err := c.GetProofByHash(r.t.Context(), hash[:], sth.TreeSize)
+		if err == nil {
+			err = proof.VerifyInclusion(rfc6962.DefaultHasher, uint64(got.LeafIndex), sth.TreeSize, hash[:], got.AuditPath, sth.SHA256RootHash[:])
+		}
+		if err != nil {
+			r.t.Errorf("the certificate of %s is not in the old CT log: %v", name, err)
+		}
+	}
+	if resp, err := r.s.http.Post(r.s.url+shard+"/ct/v1/add-chain", "application/json", strings.NewReader("{}")); err != nil || resp.StatusCode/100 == 2 {
+		r.t.Errorf("a certificate for the old CT log: %v, %v", resp, err)
+	}
 }
 
 // revokedStops puts the new list beside the old intermediate: the service does not
