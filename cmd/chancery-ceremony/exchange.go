@@ -16,6 +16,10 @@ func newExport() *cobra.Command {
 the online machine its certificate requests, the offline one what it issued. It
 needs no token, changes nothing in OUTPUTS, and can be repeated.
 
+The other machine may perform another part of the same ceremony, or one of its
+own: an intermediate-csr is answered by a sign-intermediate, whose definition
+names the last record that export prints.
+
 The words of the bundle are read aloud when it is imported: keep them on the
 screen, or on paper.`,
 		Args: cobra.ExactArgs(2),
@@ -42,8 +46,9 @@ func newImport() *cobra.Command {
 		Short: "Take in the bundle of the other machine, and go on",
 		Long: `import reads the bundle of the other machine, verifies all of it, has its words
 compared, and goes on with the ceremony in OUTPUTS. A bundle of another
-ceremony, for another request, or with anything in it that does not follow from
-its transcript is refused, and nothing is recorded of it.`,
+ceremony than the definition says, for another request, or with anything in it
+that does not follow from its transcript is refused, and nothing is recorded of
+it.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			def, err := ceremony.OpenFolder(args[0])
