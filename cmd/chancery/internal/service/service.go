@@ -8,7 +8,8 @@
 // (certificates compared with keys), and only then the listener. At the end:
 // not ready, no new requests, requests in flight answered, heads signed, logs
 // drained, tokens logged out. A part that does not fit stops the start; there
-// is no reduced service.
+// is no reduced service. What is only read is the exception: a shard that has a
+// successor and does not verify is not shown, and readiness warns of it.
 //
 // It trusts the configuration and the trust folder of the ceremony. It is the
 // only place where the certificate authority and the logs meet.
