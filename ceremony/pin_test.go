@@ -157,11 +157,11 @@ func TestChangePIN(t *testing.T) {
 			p.check(t, opts.Dir)
 		})
 	}
-	t.Run("killed before every record", func(t *testing.T) {
+	t.Run("killed again and again", func(t *testing.T) {
 		p := newPINTokens(t)
 		d, opts := pinDefinition(t), p.options(t)
 		for kills := 0; ; kills++ {
-			opts.Now = killAfter(4 + kills%3)
+			opts.Now = killAfter(11 + kills%5)
 			_, err := Rehearse(t.Context(), d, opts)
 			if err == nil {
 				break
