@@ -192,7 +192,7 @@ func (r *run) confirmBundle(ctx context.Context, s Step) error {
 	_, err := r.ask(ctx, Question{
 		ID: s.ID, Person: who, Confirmation: true,
 		Title:  fmt.Sprintf("What the %s machine did becomes part of this ceremony.", r.def.side().other()),
-		Why:    "Somebody reads the words from the other machine's screen; a bundle that was changed on the way has others.",
+		Why:    "The bundle's words come from the other machine, aloud or on paper; one that was changed on the way has others, and this screen does not tell them.",
 		Facts:  x.shown(),
 		Prompt: r.def.person(who).label() + ": " + c.prompt() + " of the bundle, as they were read aloud",
 		Check:  c.check, Practice: c.answer(),
@@ -203,24 +203,26 @@ func (r *run) confirmBundle(ctx context.Context, s Step) error {
 	return r.state(s, who, confirmData{Words: c.answer()})
 }
 
-// shown is what people see of the bundle before they accept it.
+// shown is what people see of the bundle before they accept it: all but its
+// words, which have to come from the other machine.
 func (x *exchangeFacts) shown() []Fact {
-	facts := append(hashFact("bundle", x.bundle), hashFact("its last record", x.other.head)...)
+	other := x.other
+	facts := hashFact("last record", other.head)
 	if len(x.definition) > 0 {
-		facts = append(facts, Fact{"of ceremony", fmt.Sprintf("%s, %s, begun %s", x.other.def.ID, x.other.def.Kind, x.other.openedAt.Format(time.RFC3339))})
-		facts = append(facts, hashFact("its definition", x.other.def.Hash())...)
+		facts = append(facts, Fact{"ceremony", fmt.Sprintf("%s, %s, begun %s", other.def.ID, other.def.Kind, other.openedAt.Format(time.RFC3339))})
+		facts = append(facts, hashFact("definition", other.def.Hash())...)
 	}
-	for _, name := range sorted(x.other.exchange.requests) {
-		csr, key := x.other.exchange.requests[name], x.other.keys[x.other.def.Certificates[name].Key]
+	for _, name := range sorted(other.exchange.requests) {
+		csr, key := other.exchange.requests[name], other.keys[other.def.Certificates[name].Key]
 		facts = append(facts,
-			Fact{"request " + name, fmt.Sprintf("%s, SPKI SHA-256 %x", csr.Subject, sha256.Sum256(csr.RawSubjectPublicKeyInfo))},
+			Fact{"request", fmt.Sprintf("%s: %s, SPKI SHA-256 %x", name, csr.Subject, sha256.Sum256(csr.RawSubjectPublicKeyInfo))},
 			Fact{"made in", key.origin()})
 	}
-	if x.other.def.side() == Offline {
-		for _, name := range x.other.def.requests() {
-			c := x.other.certs[name]
-			facts = append(facts, Fact{"certificate " + name, fmt.Sprintf("%s, serial %x, until %s, SHA-256 %x",
-				c.Subject, c.SerialNumber, c.NotAfter.Format(time.RFC3339), sha256.Sum256(c.Raw))})
+	if other.def.side() == Offline {
+		for _, name := range other.def.requests() {
+			c := other.certs[name]
+			facts = append(facts, Fact{"certificate", fmt.Sprintf("%s: %s, serial %x, until %s, SHA-256 %x",
+				name, c.Subject, c.SerialNumber, c.NotAfter.Format(time.RFC3339), sha256.Sum256(c.Raw))})
 		}
 	}
 	return facts

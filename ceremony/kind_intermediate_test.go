@@ -2,6 +2,7 @@ package ceremony
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -454,6 +455,30 @@ func TestRequestOfAnotherCeremony(t *testing.T) {
 			t.Errorf("export: %v, want ErrNothingToExport", err)
 		}
 	})
+	t.Run("words that are not on the screen", func(t *testing.T) {
+		offline := l.host(source, DemoRootToken)
+		seen := &onlooker{}
+		offline.opts.People = seen
+		if err := offline.run(t, a.request); err != nil {
+			t.Fatal(err)
+		}
+		b, err := bundle.ReadFile(a.request, offline.def.expect([sha256.Size]byte{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := seen.questions[string(StepImport)]
+		screen := fmt.Sprint(q.Title, q.Why, q.Facts, q.Prompt)
+		for _, secret := range []string{b.Words(), fmt.Sprintf("%x", b.Hash())} {
+			if strings.Contains(screen, secret) {
+				t.Errorf("the question tells its answer: %s", secret)
+			}
+		}
+		for _, want := range []string{csrID, hexOf(head), Words(a.online.def.Hash()), fmt.Sprintf("%x", sha256.Sum256(offline.requested(t).RawSubjectPublicKeyInfo)), "evidence software"} {
+			if !strings.Contains(screen, want) {
+				t.Errorf("the question does not show %s", want)
+			}
+		}
+	})
 	t.Run("other words", func(t *testing.T) {
 		offline := l.host(source, DemoRootToken)
 		offline.opts.People = &Prepared{Answers: map[string]string{"import": "zoo zoo zoo"}, Next: refuses{}}
@@ -461,6 +486,31 @@ func TestRequestOfAnotherCeremony(t *testing.T) {
 			t.Errorf("error %v, want ErrAnswer", err)
 		}
 	})
+}
+
+// onlooker remembers the questions.
+type onlooker struct {
+	Practice
+	questions map[string]Question
+}
+
+func (o *onlooker) Ask(ctx context.Context, q Question) (string, error) {
+	if o.questions == nil {
+		o.questions = map[string]Question{}
+	}
+	o.questions[q.ID] = q
+	return o.Practice.Ask(ctx, q)
+}
+
+// requested is the request that the root's host was given.
+func (h *host) requested(t *testing.T) *x509.CertificateRequest {
+	t.Helper()
+	block, _ := pem.Decode(contentOf(t, filepath.Join(h.opts.Dir, requestFolder, "inter-g2.csr")))
+	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csr
 }
 
 // The online host takes no certificate but that of its own root for its own
