@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -223,19 +224,27 @@ func (d *Definition) checkOrigin(e hsm.Evidence) error {
 // errUsedKey: a key has a use already.
 var errUsedKey = fmt.Errorf("the public key has been used before: %w", hsm.ErrExists)
 
-// checkNew refuses a public key that the ceremony before knows.
+// checkNew refuses a public key that the ceremony before knows: of a role, of a
+// certificate, or of a log, in use or not any more.
 func (p *previousFacts) checkNew(spki [sha256.Size]byte) error {
+	used := map[[sha256.Size]byte]bool{}
 	for _, k := range p.ring.Keys {
-		if k.SPKI == spki {
-			return errUsedKey
+		used[k.SPKI] = true
+	}
+	for _, a := range slices.Concat(p.trusted.CertificateAuthorities, p.trusted.TimestampAuthorities) {
+		for _, c := range a.Chain {
+			used[sha256.Sum256(c.RawSubjectPublicKeyInfo)] = true
 		}
 	}
-	for _, a := range p.trusted.CertificateAuthorities {
-		for _, c := range a.Chain {
-			if sha256.Sum256(c.RawSubjectPublicKeyInfo) == spki {
-				return errUsedKey
-			}
+	for _, l := range slices.Concat(p.trusted.Logs, p.trusted.CTLogs) {
+		id, err := l.ID()
+		if err != nil {
+			return err
 		}
+		used[id] = true
+	}
+	if used[spki] {
+		return errUsedKey
 	}
 	return nil
 }

@@ -902,6 +902,44 @@ func TestOtherDeviceOfTheName(t *testing.T) {
 	}
 }
 
+// A key that anything of before has is not certified again, whether it is in use
+// or was followed by another.
+func TestUsedKey(t *testing.T) {
+	l := begin(t, "")
+	first := l.certificate(chainName)
+	l.now = l.now.AddDate(0, 1, 0)
+	l.mustRun(l.definition("rotate-1", Rotate, newIntermediate))
+	var files []carriedFile
+	err := filepath.WalkDir(l.last.Dir, func(path string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		if name, err := filepath.Rel(l.last.Dir, path); err == nil && carried(name) {
+			files = append(files, carriedFile{name, contentOf(t, path)})
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := parsePrevious(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spki := func(c *x509.Certificate) [sha256.Size]byte { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }
+	for name, key := range map[string][sha256.Size]byte{
+		"the old intermediate's": spki(first), "the intermediate's": spki(l.certificate(chainName)), "the root's": spki(l.certificate2(rootName)),
+		"the timestamp authority's": spki(l.certificate(tsaChainName)), "a log's": l.key(hsm.RoleRekor).Ref().SPKI, "the CT log's": l.key(hsm.RoleCT).Ref().SPKI,
+	} {
+		if err := before.checkNew(key); !errors.Is(err, hsm.ErrExists) {
+			t.Errorf("%s key: %v, want ErrExists", name, err)
+		}
+	}
+	if err := before.checkNew(sha256.Sum256(spkiOf(t, generated(t, elliptic.P256()).Public()))); err != nil {
+		t.Errorf("a new key: %v", err)
+	}
+}
+
 // What evidence may claim, and what a root certifies.
 func TestCheckOrigin(t *testing.T) {
 	for _, tc := range []struct {
