@@ -125,8 +125,11 @@ func planSignIntermediate(d *Definition) ([]Step, error) {
 	return append(steps, outputsStep()), nil
 }
 
-// importDetails is what people know beforehand of what will come.
+// importDetails is what people at the root know beforehand of what will come.
 func (d *Definition) importDetails() []string {
+	if d.side() != Offline {
+		return nil
+	}
 	var details []string
 	if r := d.Request; r != nil {
 		details = append(details, "request of ceremony "+r.Ceremony, "its last record: "+r.Head)
