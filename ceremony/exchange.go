@@ -125,8 +125,9 @@ func (r *run) readBundle(s Step) error {
 	case !bytes.Equal(b.File(definitionName), r.def.source):
 		return fmt.Errorf("import: %w: the bundle is of another definition", ErrDefinition)
 	}
-	// As a verifier will: before it is on record, not after.
-	if _, err := r.facts.replayOther(intent, r.facts.head, now); err != nil {
+	// As a verifier will: before it is on record, not after. The record is a
+	// little later than now.
+	if _, err := r.facts.replayOther(intent, r.facts.head, now.Add(maxAnnounce)); err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
 	return r.record(s, Intent, intent)
@@ -288,7 +289,8 @@ func (f *facts) takeImport(rec *Record, s Step) error {
 // replayOther verifies the transcript of the other machine from its first
 // record to its last, exactly as its own verifier does, and that the bundle is
 // the one that follows from it. head is that of this machine's transcript when
-// it was exported: a response must have been made for it. at is now.
+// it was exported: a response must have been made for it. at is when it is on
+// record, or later.
 func (f *facts) replayOther(d importIntent, head [sha256.Size]byte, at time.Time) (*facts, error) {
 	records, err := ReadTranscript(bytes.NewReader(d.Transcript))
 	if err != nil {

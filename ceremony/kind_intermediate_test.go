@@ -389,6 +389,10 @@ func TestRequestOfAnotherCeremony(t *testing.T) {
 		t.Fatal(err)
 	}
 	windowed.export(t, late.request)
+	l.now = time.Date(2026, 11, 22, 17, 59, 30, 0, time.UTC)
+	if err := l.host(l.signSource(windowed.head(t)), DemoRootToken).run(t, late.request); !errors.Is(err, ErrWindow) {
+		t.Errorf("half a minute before the end of its window: %v, want ErrWindow", err)
+	}
 	l.now = l.now.AddDate(0, 0, 1)
 	content := contentOf(t, a.request)
 	for _, tc := range []struct {
