@@ -94,7 +94,7 @@ func (r *run) ask(ctx context.Context, q Question) (string, error) {
 		}
 		answer = strings.TrimSpace(answer)
 		if answer == "" {
-			answer = q.Practice
+			answer = strings.TrimSpace(q.Practice)
 		}
 		if err = q.accept(answer); err == nil {
 			return answer, nil

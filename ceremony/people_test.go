@@ -66,6 +66,9 @@ func TestAnswers(t *testing.T) {
 			"people:w1": {"oops"}, "people:w2": {"a", "b", "c", ""}, "clock:w1": {"noon", "12:02"}, "certificate/root": {"no"},
 			"witnesses:w1": {"/etc/passwd", "decline:", strings.Repeat("x", 1<<20), "/nowhere"},
 		}, nil, false},
+		{"empty answers for the right ones", map[string][]string{
+			"people:w1": {""}, "certificate/root": {""}, "witnesses:w1": {""}, "witnesses:w2": {""},
+		}, nil, false},
 		{"never the words", map[string][]string{"people:w1": repeat("abandon abandon abandon")}, ErrAnswer, false},
 		{"a witness is absent", map[string][]string{"people:w2": {"absent"}}, ErrQuorum, true},
 		{"a watch an hour off", map[string][]string{"clock:w1": repeat("13:00")}, ErrAnswer, false},
