@@ -200,6 +200,8 @@ type CT struct {
 	// Roots are PEM files of certificates to which a submitted chain may lead
 	// beside this service's own root: those of CAs elsewhere that use this log.
 	Roots []string `yaml:"roots"`
+	// Frozen: the log is read and takes no certificate; so none is issued.
+	Frozen bool `yaml:"frozen"`
 	// LogElsewhere is a log elsewhere. With it this service has no CT log of its
 	// own, and none of the fields above.
 	LogElsewhere `yaml:",inline"`
@@ -556,8 +558,8 @@ func (c *CT) finish(host string) error {
 		}
 		return c.Log.finish("ct", host+"/ct/"+c.Shard)
 	}
-	if c.Log != (Log{}) || len(c.Roots) > 0 {
-		return errors.New("ct: url, key, tls-roots and others name logs elsewhere; shard, origin, counter and roots are of a log here")
+	if c.Log != (Log{}) || len(c.Roots) > 0 || c.Frozen {
+		return errors.New("ct: url, key, tls-roots and others name logs elsewhere; shard, origin, counter, roots and frozen are of a log here")
 	}
 	if err := c.LogElsewhere.check("ct"); err != nil {
 		return err

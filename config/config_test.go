@@ -232,6 +232,7 @@ func TestRefused(t *testing.T) {
 		{"shard with a slash", edit("ct1", "../ct1"), "ct.shard"},
 		{"CT log here and elsewhere", edit("{shard: ct1}", "{shard: ct1, url: 'https://ct.example', key: ct.pub}"), "elsewhere"},
 		{"CT log elsewhere with roots", edit("{shard: ct1}", "{url: 'https://ct.example', key: ct.pub, roots: [root.pem]}"), "elsewhere"},
+		{"frozen CT log elsewhere", edit("{shard: ct1}", "{url: 'https://ct.example', key: ct.pub, frozen: true}"), "elsewhere"},
 		{"CT log elsewhere without a key", edit("{shard: ct1}", "{url: 'https://ct.example'}"), "ct.key"},
 		{"other CT log without a key", edit("{shard: ct1}", "{url: 'https://ct.example', key: ct.pub, others: [{url: 'https://b.example'}]}"), "ct.others[0].key"},
 		{"other CT logs beside ours", edit("{shard: ct1}", "{shard: ct1, others: [{url: 'https://b.example', key: b.pub}]}"), "elsewhere"},

@@ -72,15 +72,12 @@ func rotation(t *testing.T, cosignPath string) {
 	// The logs are frozen, their last heads go into the record, and other shards
 	// with other keys follow.
 	r.stop()
-	r.settings["rekor"] = map[string]any{"frozen": true}
+	r.settings["rekor"], r.settings["ct"] = map[string]any{"frozen": true}, map[string]any{"frozen": true}
 	r.serve(genesis)
-	r.write("last.checkpoint", string(s.get("/log/log2026-1/api/v2/checkpoint", http.StatusOK)), 0o600)
-	r.write("last.sth", string(s.get("/ct/ct2026/ct/v1/get-sth", http.StatusOK)), 0o600)
-	if resp, err := s.http.Post(s.url+"/api/v2/log/entries", "application/json", strings.NewReader("{}")); err != nil || resp.StatusCode != http.StatusMethodNotAllowed {
-		t.Errorf("an entry for the frozen log: %v, %v", resp, err)
-	}
+	r.frozen()
 	r.stop()
 	delete(r.settings, "rekor")
+	delete(r.settings, "ct")
 	last := r.perform("log-key", r.logKey(rotated), rotated)
 
 	r.serve(last)
@@ -671,6 +668,32 @@ func (r *room) revoked(out string, old *x509.Certificate) {
 		got := command(r.t, nil, "openssl", "verify", "-crl_check", "-CRLfile", pemList, "-CAfile", filepath.Join(out, "root.pem"), file)
 		if (got.code == 0) != want || !want && !strings.Contains(got.stdout+got.stderr, "revoked") {
 			r.t.Errorf("openssl verify of %s: %d\n%s%s", name.Subject.CommonName, got.code, got.stdout, got.stderr)
+		}
+	}
+}
+
+// frozen takes the last heads of logs that take nothing more, and finds that they
+// are the last: no client's entry or certificate changes them.
+func (r *room) frozen() {
+	r.t.Helper()
+	heads := map[string]string{"/log/log2026-1/api/v2/checkpoint": "last.checkpoint", "/ct/ct2026/ct/v1/get-sth": "last.sth"}
+	for path, file := range heads {
+		r.write(file, string(r.s.get(path, http.StatusOK)), 0o600)
+	}
+	for path, want := range map[string]int{
+		"/api/v2/log/entries": http.StatusMethodNotAllowed, "/ct/ct2026/ct/v1/add-chain": http.StatusNotFound, "/ct/ct2026/ct/v1/add-pre-chain": http.StatusNotFound,
+	} {
+		if resp, err := r.s.http.Post(r.s.url+path, "application/json", strings.NewReader("{}")); err != nil || resp.StatusCode != want {
+			r.t.Errorf("%s of a frozen log: %v, %v, want %d", path, resp, err, want)
+		}
+	}
+	r.s.certificate(r.t, r.idp, http.StatusServiceUnavailable)
+	if answer := string(r.s.get("/readyz", http.StatusOK)); !strings.Contains(answer, "CT log is frozen") {
+		r.t.Errorf("readyz says %s", answer)
+	}
+	for path, file := range heads {
+		if !bytes.Equal(r.s.get(path, http.StatusOK), mustRead(r.t, r.path(file))) {
+			r.t.Errorf("%s of a frozen log has changed", path)
 		}
 	}
 }

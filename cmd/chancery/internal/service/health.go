@@ -144,6 +144,9 @@ func (s *Service) warnings() []string {
 	if s.crlDue() {
 		warnings = append(warnings, "the list of revoked certificates is past its next update")
 	}
+	if s.cfg.CT.Frozen {
+		warnings = append(warnings, "the CT log is frozen: no certificate is issued")
+	}
 	for _, name := range s.unreadable {
 		warnings = append(warnings, "frozen log "+name+": does not verify")
 	}

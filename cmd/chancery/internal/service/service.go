@@ -237,7 +237,7 @@ func (s *Service) openLogs(ctx context.Context, chain, accepted []*x509.Certific
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
-	opened, err := s.openLog(ctx, treeName("rekor", s.cfg.Rekor.Log), rekorKey, rekorFormat, 0, 0)
+	opened, err := s.openLog(ctx, treeName("rekor", s.cfg.Rekor.Log), rekorKey, rekorFormat, rhythm{last: s.cfg.Rekor.Frozen})
 	if err != nil {
 		return nil, nil, fmt.Errorf("open signature log: %w", err)
 	}
@@ -264,14 +264,24 @@ func (s *Service) openCT(ctx context.Context, roots, issuers []*x509.Certificate
 	if err != nil {
 		return nil, err
 	}
-	opened, err := s.openLog(ctx, treeName("ct", s.cfg.CT.Log), key, format, headInterval, mergeDelay/2)
+	cfg, heads := ct.Config{Key: key}, rhythm{interval: headInterval, maxAge: mergeDelay / 2}
+	if s.cfg.CT.Frozen {
+		cfg, heads = ct.Config{Frozen: key.Public()}, rhythm{last: true}
+	}
+	opened, err := s.openLog(ctx, treeName("ct", s.cfg.CT.Log), key, format, heads)
 	if err != nil {
 		return nil, err
 	}
-	return ct.New(ct.Config{
-		Tree: opened.tree, Heads: opened.heads, Key: key, Roots: roots, Issuers: issuers,
-		Origin: s.cfg.CT.Origin, Now: s.clock.Now, Logger: s.log,
-	})
+	cfg.Tree, cfg.Heads, cfg.Roots, cfg.Issuers = opened.tree, opened.heads, roots, issuers
+	cfg.Origin, cfg.Now, cfg.Logger = s.cfg.CT.Origin, s.clock.Now, s.log
+	return ct.New(cfg)
+}
+
+// rhythm is when a log's heads are signed: as head.Config says, or, for a frozen
+// log, once at the start if a leaf is in no head yet, and never again.
+type rhythm struct {
+	interval, maxAge time.Duration
+	last             bool
 }
 
 // acceptedRoots reads the roots of CAs elsewhere that our CT log accepts.
@@ -288,7 +298,7 @@ func (s *Service) acceptedRoots() (roots []*x509.Certificate, err error) {
 
 // openLog opens one tree, starts its publisher, and tells the clock of the
 // newest head.
-func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format head.Format, interval, maxAge time.Duration) (openLog, error) {
+func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format head.Format, when rhythm) (openLog, error) {
 	t, err := s.engine.Tree(ctx, name)
 	if err != nil {
 		return openLog{}, err
@@ -299,10 +309,16 @@ func (s *Service) openLog(ctx context.Context, name string, key hsm.Key, format 
 	}
 	heads, err := head.Open(ctx, head.Config{
 		Tree: t, Key: key, Format: format, Anchor: anchorPath(s.cfg, name), Counter: counter,
-		Now: s.clock.Now, MinInterval: interval, MaxAge: maxAge, Logger: s.log.With("log", name),
+		Now: s.clock.Now, MinInterval: when.interval, MaxAge: when.maxAge, Logger: s.log.With("log", name),
 	})
 	if err != nil {
 		return openLog{}, err
+	}
+	if when.last {
+		// What waits for a head gets it before the head is shown as the last.
+		if _, err := heads.Await(ctx, heads.Tree().Root().Size); err != nil && !errors.Is(err, head.ErrFork) {
+			return openLog{}, errors.Join(fmt.Errorf("sign last head: %w", err), heads.Close(context.WithoutCancel(ctx)))
+		}
 	}
 	s.clock.Observe(heads.Latest().Time)
 	opened := openLog{name, heads.Tree(), heads}
