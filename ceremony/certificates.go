@@ -86,7 +86,7 @@ func (r *run) confirm(ctx context.Context, s Step, intent certificateIntent) err
 	_, err := r.ask(ctx, Question{
 		ID: s.ID, Person: who, Confirmation: true,
 		Title:  "The token signs this certificate.",
-		Why:    "Once it is signed it exists for its whole life; this is the last moment to say no.",
+		Why:    "Once it is signed it exists for its whole life; to say no, press Ctrl-C now.",
 		Facts:  append(facts, hashFact("to be signed", sum)...),
 		Prompt: r.def.person(who).label() + ": " + c.prompt() + " of what will be signed",
 		Check:  c.check, Practice: c.answer(),

@@ -231,7 +231,7 @@ func (r *run) confirmCRL(ctx context.Context, s Step) error {
 	_, err := r.ask(ctx, Question{
 		ID: s.ID, Person: who, Confirmation: true,
 		Title:  "The token signs this list.",
-		Why:    "A certificate that is on it stays on it; this is the last moment to say no.",
+		Why:    "A certificate that is on it stays on it; to say no, press Ctrl-C now.",
 		Facts:  append(facts, hashFact("to be signed", sum)...),
 		Prompt: r.def.person(who).label() + ": " + c.prompt() + " of what will be signed",
 		Check:  c.check, Practice: c.answer(),

@@ -21,6 +21,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -60,9 +61,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "chancery-ceremony: error: %v\n", err)
+	fmt.Fprintf(stderr, "chancery-ceremony: error: %s\n", clean(err.Error()))
 	if hint := hintFor(err); hint != "" {
-		fmt.Fprintf(stderr, "hint: %s\n", hint)
+		fmt.Fprintf(stderr, "hint: %s\n", clean(hint))
 	}
 	return exitStatus(err)
 }
@@ -112,6 +113,7 @@ func hintFor(err error) string {
 		{errors.Is(err, ceremony.ErrWindow), "check the clock against two watches, then the definition's window"},
 		{errors.Is(err, ceremony.ErrDefinition), "config/example/genesis.yaml explains every field"},
 		{errors.Is(err, bundle.ErrOther), "look at the label of the stick, and at the words on the other screen"},
+		{errors.Is(err, ceremony.ErrPrevious), "--previous DIR: the outputs of the ceremony that the definition names, as they were"},
 		{errors.Is(err, ceremony.ErrOutputExists), "choose another --dir, or go on with: chancery-ceremony resume OUTPUTS"},
 		{errors.Is(err, ceremony.ErrVerify), "do not use these files; compare with another copy"},
 	} {
@@ -135,6 +137,7 @@ It needs no network.`,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", width)))
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(newPlan(), newRehearse(), newRun(), newStatus(), newResume(), newSign(), newAbort(), newCustodian(), newVerify(), newExport(), newImport(), newLockout())
 	for _, c := range append(root.Commands(), root) {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -88,6 +90,8 @@ func printScript(p *printer, def *ceremony.Definition, steps []ceremony.Step) {
 		p.line("  [ ] %-6s %-24.24s %-14s %s", person.ID, person.Name, person.Role, blank)
 	}
 	p.line("")
+	p.line("  Words of the definition")
+	p.words(strings.Fields(ceremony.Words(def.Hash()))...)
 	p.line("Everyone checks, before it begins")
 	p.line("")
 	for _, check := range []string{
@@ -144,14 +148,18 @@ func (p *printer) indented(n int, texts ...string) {
 	}
 }
 
-// words prints lines for the 24 words of a hash.
-func (p *printer) words() {
-	for i := 1; i <= 24; i += 6 {
+// words prints the 24 words of a hash with their numbers, or lines for them.
+func (p *printer) words(words ...string) {
+	const count = 24
+	if len(words) != count {
+		words = slices.Repeat([]string{"________"}, count)
+	}
+	for i := 0; i < count; i += 6 {
 		line := "  "
-		for n := i; n < i+6; n++ {
-			line += fmt.Sprintf("%2d ________ ", n)
+		for n, word := range words[i : i+6] {
+			line += fmt.Sprintf("%2d %-8s ", i+n+1, word)
 		}
-		p.line("%s", line)
+		p.line("%s", strings.TrimRight(line, " "))
 	}
 	p.line("")
 }

@@ -40,19 +40,25 @@ func (p *printer) field(name, text string) {
 	}
 }
 
-// wrap breaks text at spaces into lines of at most n columns; a longer word
-// stays whole. What is not printable (a device says of itself what it likes)
-// becomes a question mark.
-func wrap(text string, n int) []string {
-	text = strings.Map(func(r rune) rune {
-		if r == utf8.RuneError || !unicode.IsPrint(r) && !unicode.IsSpace(r) {
+// clean returns text with a question mark for what is not printable: escape
+// sequences, marks that turn the direction of writing. A device says of itself
+// what it likes, and so does a file that somebody brings.
+func clean(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) && r != '\n' {
 			return '?'
 		}
 		return r
 	}, text)
+}
+
+// wrap breaks text at spaces into lines of at most n columns, clean; a longer
+// word stays whole.
+func wrap(text string, n int) []string {
 	var lines []string
 	line := ""
 	for _, word := range strings.Fields(text) {
+		word = clean(word)
 		switch {
 		case line == "":
 			line = word

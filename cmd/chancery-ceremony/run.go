@@ -211,7 +211,7 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 	}
 	res, err := ceremony.Run(ctx, def, opts)
 	if err = errors.Join(err, custodians.close()); err != nil {
-		return &interrupted{err: err, out: f.out}
+		return &interrupted{err: err, out: f.out, ask: f.ask, before: f.before}
 	}
 	summary(c, f.dir, def, res, time.Since(began))
 	return c.err
@@ -219,8 +219,10 @@ func (f *runFlags) perform(ctx context.Context, c *console, people ceremony.Peop
 
 // interrupted is the error of a ceremony that has begun.
 type interrupted struct {
-	err error
-	out string
+	err    error
+	out    string
+	ask    bool   // a rehearsal by people
+	before string // --previous
 }
 
 // Error is that of what interrupted it.
@@ -240,15 +242,27 @@ func (e *interrupted) hint() string {
 	case state.Ending != "":
 		return "the ceremony is over; its records are in " + e.out
 	case state.Quarantined != "":
-		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s", e.out)
+		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
 	case errors.Is(e.err, ceremony.ErrCustodians):
-		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s", filepath.Join(e.out, "custodians"), e.out)
+		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s%s", filepath.Join(e.out, "custodians"), e.out, e.flags())
 	case errors.Is(e.err, ceremony.ErrBundle):
-		return fmt.Sprintf("when the other machine's is here: chancery-ceremony import %s BUNDLE", e.out)
+		return fmt.Sprintf("when the other machine's is here: chancery-ceremony import %s BUNDLE%s", e.out, e.flags())
 	case errors.Is(e.err, ceremony.ErrUnfinished):
 		return fmt.Sprintf("when a witness has signed: chancery-ceremony sign %s --as ID --signature FILE", e.out)
 	}
-	return fmt.Sprintf("nothing is lost; go on with: chancery-ceremony resume %s", e.out)
+	return fmt.Sprintf("nothing is lost; go on with: chancery-ceremony resume %s%s", e.out, e.flags())
+}
+
+// flags are what the next command needs to go on as this one did.
+func (e *interrupted) flags() string {
+	flags := ""
+	if e.before != "" {
+		flags += " --previous " + e.before
+	}
+	if e.ask {
+		flags += " --ask"
+	}
+	return flags
 }
 
 // prepare makes the folder. One that has something in it is refused, unless it

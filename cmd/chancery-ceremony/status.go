@@ -67,7 +67,7 @@ func printStatus(p *printer, s ceremony.Status, out string) error {
 	case s.Ending != "":
 		p.field("End", string(s.Ending))
 	case s.Quarantined != "":
-		p.field("Stopped", "key "+s.Quarantined+" is in quarantine; end with: chancery-ceremony abort "+out)
+		p.field("Stopped", "key "+s.Quarantined+" is in quarantine; end with: chancery-ceremony abort "+out+" --as ID --reason TEXT")
 	case len(s.Waiting) > 0:
 		for _, w := range s.Waiting {
 			p.field("Waits for", w)
