@@ -23,7 +23,7 @@ const mimeChain = "application/pem-certificate-chain"
 // a success. The token comes in the header only.
 func (s *Server) legacySigningCert(c echo.Context) error {
 	old := &legacy.CreateSigningCertificateRequest{}
-	if err := readRequest(c, old); err != nil {
+	if err := s.readRequest(c, old); err != nil {
 		return s.fail(c, err)
 	}
 	cert, err := s.issue(c.Request().Context(), requestID(c), bearerToken(c.Request().Header), current(old))

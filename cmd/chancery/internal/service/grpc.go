@@ -41,6 +41,7 @@ func (s *Service) recoverGRPC(ctx context.Context, req any, info *grpc.UnaryServ
 // split sends gRPC calls to the gRPC server, everything else to echo.
 func (s *Service) split(w http.ResponseWriter, r *http.Request) {
 	if s.grpc != nil && r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+		defer s.issuing.LimitBody(r)()
 		s.grpc.ServeHTTP(w, r)
 		return
 	}

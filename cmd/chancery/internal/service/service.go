@@ -88,7 +88,8 @@ type Service struct {
 	engine   *tree.Engine
 	logs     []openLog // what of the logs is open, in the order of opening
 	echo     *echo.Echo
-	grpc     *grpc.Server // nil for a service that is a CT log alone
+	issuing  *caserver.Server
+	grpc     *grpc.Server // nil, as issuing, for a service that is a CT log alone
 	// elsewhere are the CT logs if ours is not one of logs, else nil.
 	elsewhere *ctlog.Group
 	// tuf is nil when the ceremony made no TUF repository.
@@ -163,6 +164,7 @@ func (s *Service) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return err
 	}
+	s.issuing = authority
 	s.echo = s.newEcho()
 	authority.Register(s.echo)
 	s.grpc = s.newGRPC()
