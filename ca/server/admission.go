@@ -45,10 +45,12 @@ func newAdmission(wait time.Duration) *admission {
 // busyError is ca.ErrBusy with the time after which there will be room.
 type busyError struct{ retry time.Duration }
 
+// Error says when there will be room; it is for the log.
 func (e *busyError) Error() string {
 	return fmt.Sprintf("%s: room in %s", ca.ErrBusy, e.retry.Round(time.Millisecond))
 }
 
+// Unwrap is ca.ErrBusy, by which its answer is found.
 func (e *busyError) Unwrap() error { return ca.ErrBusy }
 
 // enter lets a request in or refuses it with a *busyError. Who was let in
