@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/lexer"
@@ -317,9 +319,10 @@ const (
 
 // checkPlainYAML refuses what a reader of the text would not see.
 func checkPlainYAML(source []byte) error {
-	for _, b := range source {
-		if b == 0x7f || b < 0x20 && b != '\n' && b != '\r' && b != '\t' {
-			return fmt.Errorf("%w: control character 0x%02x", ErrDefinition, b)
+	text := strings.ReplaceAll(string(source), "\r\n", "\n")
+	for _, r := range text {
+		if r == utf8.RuneError || !unicode.IsPrint(r) && r != '\n' && r != '\t' {
+			return fmt.Errorf("%w: character %U, which nobody sees", ErrDefinition, r)
 		}
 	}
 	n := 0

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // MarkdownName is the transcript for people.
@@ -45,9 +47,23 @@ func (m *document) table(columns ...string) {
 func (m *document) row(cells ...string) {
 	line := "|"
 	for _, c := range cells {
-		line += " " + strings.ReplaceAll(c, "|", `\|`) + " |"
+		line += " " + plainCell(c) + " |"
 	}
 	m.line("%s", line)
+}
+
+// notMarkup keeps a text from being a cell of its own, HTML or a link.
+var notMarkup = strings.NewReplacer(`\`, `\\`, "|", `\|`, "<", `\<`, "[", `\[`)
+
+// plainCell returns text as a reader may see it: a device says of itself what it
+// likes, with line ends, escape sequences and marks that turn the direction.
+func plainCell(text string) string {
+	return notMarkup.Replace(strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text))
 }
 
 func (f *facts) writeHead(m *document, records []Record) {

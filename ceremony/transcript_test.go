@@ -223,3 +223,14 @@ func FuzzReadTranscript(f *testing.F) {
 		}
 	})
 }
+
+// What a device or a person says cannot make another table, HTML or an escape
+// sequence of the transcript for reading.
+func TestMarkdownOfForeignText(t *testing.T) {
+	m := &document{}
+	m.row("root", "A|B\n\n## End\n", "\x1b[2J\u009b\u202e\xff", `<img src=x> [a](b) \|`, "`ab…`", "Ç, 東")
+	want := `| root | A\|B??## End? | ?\[2J??? | \<img src=x> \[a](b) \\\| | ` + "`ab…` | Ç, 東 |\n"
+	if got := m.String(); got != want {
+		t.Errorf("row\n%q, want\n%q", got, want)
+	}
+}
