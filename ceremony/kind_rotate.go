@@ -151,7 +151,7 @@ func (r *run) freeze(ctx context.Context, s Step) error {
 	}
 	q := Question{
 		ID: s.ID, Title: fmt.Sprintf("The shard %s takes no more entries.", old.BaseURL),
-		Why:    "Its last checkpoint becomes part of the record; stop the log before you fetch it.",
+		Why:    "Its last checkpoint becomes part of the record; freeze the log before you fetch it.",
 		Prompt: "Path of its last checkpoint (a signed note or an answer to get-sth), or: " + nonePrefix + " REASON",
 		Check: func(answer string) error {
 			_, err := parseFrozen(old, answer)

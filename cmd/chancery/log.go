@@ -94,6 +94,8 @@ func logHint(err error) error {
 	switch {
 	case errors.Is(err, logtool.ErrRunning), errors.Is(err, head.ErrAnchor) && strings.Contains(fmt.Sprint(err), "lock anchor"):
 		return hint(err, "stop the service first: systemctl stop chancery")
+	case errors.Is(err, logtool.ErrFrozen):
+		return hint(err, "a frozen shard is mended by its newest database and anchor alone; see log/README.md, A shard that has a successor")
 	case errors.Is(err, logtool.ErrNotProven):
 		return hint(err, "the log is read-only until its newest database is back, or: chancery log accept-loss; see log/README.md")
 	case errors.Is(err, os.ErrPermission):
@@ -115,6 +117,8 @@ func newLogStatus() *cobra.Command {
 		Short: "Show the size, the head and the state of each log",
 		Long: "Show each log's tree and anchored head, and whether the one continues the\n" +
 			"other. The exit status is 1 if a log is read-only or its anchor another's.\n\n" +
+			"A shard that has a successor is \"frozen\" when it ends with its last head, by the\n" +
+			"key in trusted_root.json, and \"frozen, not proven\", with exit status 1, when not.\n\n" +
 			"An anchor that is bound to a hardware counter has an epoch, the counter's value.\n" +
 			"--counter reads the counter from the TPM and compares them; without it no token\n" +
 			"is touched. After a mismatch put the newest anchor and database back; if there\n" +
@@ -130,18 +134,19 @@ func newLogStatus() *cobra.Command {
 			}
 			list := []logtool.Status{}
 			err = f.withCounters(cmd, logs, counter, func() error {
+				var errs []error
 				for _, l := range logs {
 					s, err := l.Check(cmd.Context())
-					if err != nil {
-						return logHint(err)
+					if errs = append(errs, err); err == nil {
+						list = append(list, *s)
 					}
-					list = append(list, *s)
 				}
-				return nil
+				return logHint(errors.Join(append(errs, notSound(list))...))
 			})
-			if err != nil {
+			if len(list) == 0 {
 				return err
 			}
+			sound := err
 			if output == "json" {
 				enc := json.NewEncoder(cmd.OutOrStdout())
 				enc.SetIndent("", "  ")
@@ -149,7 +154,7 @@ func newLogStatus() *cobra.Command {
 			} else {
 				err = printStatus(cmd.OutOrStdout(), list)
 			}
-			return errors.Join(err, logHint(notSound(list)))
+			return errors.Join(err, sound)
 		},
 	}
 	f.add(cmd)
@@ -158,12 +163,13 @@ func newLogStatus() *cobra.Command {
 	return cmd
 }
 
-// notSound is the error of a list with a log that would not sign.
+// notSound is the error of a list with a log that would not sign, or that is
+// frozen and does not end with its last head.
 func notSound(list []logtool.Status) error {
 	var errs []error
 	for _, s := range list {
-		if s.State == logtool.Latched || s.State == logtool.Foreign {
-			errs = append(errs, fmt.Errorf("log %s: %s: %w", s.Name, s.Reason, logtool.ErrNotProven))
+		if err := s.Err(); err != nil {
+			errs = append(errs, fmt.Errorf("log %s: %w", s.Name, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -179,10 +185,15 @@ func printStatus(w io.Writer, list []logtool.Status) error {
 			}
 		}
 		row("log", s.Name)
-		row("origin", s.Origin)
+		if s.Origin != "" {
+			row("origin", s.Origin)
+		}
 		row("state", s.State)
 		if s.Reason != "" {
 			row("reason", s.Reason)
+		}
+		if s.Tree == (logtool.Point{}) {
+			continue // a frozen log without a tree here
 		}
 		row("tree", point(s.Tree))
 		if s.Head != nil {
@@ -230,6 +241,8 @@ func newLogVerify() *cobra.Command {
 		Long: "Compute every leaf hash from the leaf's octets, every tile from the tiles below\n" +
 			"it and the root; compare them with what is stored, and the root with the anchored\n" +
 			"head, whose key, signature and origin are checked. Every row's sum is checked too.\n\n" +
+			"Shards that have a successor are verified too, with the keys in\n" +
+			"trusted_root.json; their last head must cover all that is there.\n\n" +
 			"--from SIZE goes on where an earlier verify ended: of the leaves before it only\n" +
 			"the hashes are used.",
 		Args: cobra.NoArgs,
@@ -247,11 +260,13 @@ func newLogVerify() *cobra.Command {
 				var errs []error
 				for _, l := range logs {
 					r, err := l.Verify(cmd.Context(), from, p)
+					if err == nil && r.State == logtool.Absent && len(logs) == 1 {
+						err = fmt.Errorf("log %s: %s: %w", l.Name, r.Reason, logtool.ErrNoLog)
+					}
 					if errs = append(errs, err); err != nil {
 						continue
 					}
-					p.printf(cmd.OutOrStdout(), "verified  %s: %s; %d leaves from their octets, every tile, the anchored head of %d%s\n",
-						l.Name, point(r.Tree), r.Leaves, headSize(r.Status), epochVerified(r.Status))
+					p.printf(cmd.OutOrStdout(), "%s\n", verified(r))
 				}
 				return logHint(errors.Join(errs...))
 			})
@@ -261,6 +276,23 @@ func newLogVerify() *cobra.Command {
 	addCounter(cmd, &counter)
 	cmd.Flags().Uint64Var(&from, "from", 0, "`size` that was verified before")
 	return cmd
+}
+
+// verified says what was proven of a log.
+func verified(r *logtool.Result) string {
+	what := fmt.Sprintf("verified  %s: %s; %d leaves from their octets, every tile, the", r.Name, point(r.Tree), r.Leaves)
+	switch r.State {
+	case logtool.Absent:
+		return notHere(r.Status)
+	case logtool.Frozen:
+		return fmt.Sprintf("%s last head of %d; frozen", what, headSize(r.Status))
+	}
+	return fmt.Sprintf("%s anchored head of %d%s", what, headSize(r.Status), epochVerified(r.Status))
+}
+
+// notHere says that of an old shard nothing was looked at.
+func notHere(s *logtool.Status) string {
+	return fmt.Sprintf("not here  %s: frozen; %s", s.Name, s.Reason)
 }
 
 // epochVerified says that the counter was looked at.
@@ -299,6 +331,10 @@ func newLogExport() *cobra.Command {
 				return logHint(err)
 			}
 			for i, s := range list {
+				if s.State == logtool.Absent {
+					p.printf(cmd.OutOrStdout(), "%s\n", notHere(&s))
+					continue
+				}
 				p.printf(cmd.OutOrStdout(), "exported  %s: %s\n          %s/%s\n", s.Name, point(*s.Head), args[0], logs[i].Path)
 			}
 			return nil
@@ -329,6 +365,15 @@ func newLogBackup() *cobra.Command {
 			}
 			for _, s := range m.Logs {
 				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s\n", s.Name, point(s.Tree)); err != nil {
+					return err
+				}
+			}
+			for _, s := range m.Others {
+				proven := "with its last head"
+				if s.Head == nil {
+					proven = "not proven: see chancery log status"
+				}
+				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s; an old shard, %s\n", s.Name, point(s.Tree), proven); err != nil {
 					return err
 				}
 			}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,13 +20,14 @@ var services sync.Map
 //
 //	logs make DIR N     a stopped service with N leaves in each log
 //	logs grow DIR N     start it, add N leaves to each log, stop it
+//	logs rotate DIR     give each log a successor with another key
 //	logs start DIR      as the running service
 //	logs stop DIR
 //
 // Start may be called on logs that are read-only; grow may not.
 func logs(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
-		ts.Fatalf("usage: logs make|grow|start|stop DIR [N]")
+		ts.Fatalf("usage: logs make|grow|rotate|start|stop DIR [N]")
 	}
 	dir, n := ts.MkAbs(args[1]), 0
 	if len(args) > 2 {
@@ -49,7 +49,12 @@ func logs(ts *testscript.TestScript, neg bool, args []string) {
 	switch args[0] {
 	case "grow":
 		ts.Check(s.Start())
-		ts.Check(errors.Join(s.Fill(logtooltest.CT, n), s.Fill(logtooltest.Rekor, n), s.Stop()))
+		for name := range s.Trees {
+			ts.Check(s.Fill(name, n))
+		}
+		ts.Check(s.Stop())
+	case "rotate":
+		ts.Check(s.Rotate())
 	case "start":
 		ts.Check(s.Start())
 	case "stop":

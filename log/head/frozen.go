@@ -1,7 +1,6 @@
 package head
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"fmt"
@@ -31,8 +30,7 @@ func OpenFrozen(ctx context.Context, t tree.Tree, anchor string, pub *ecdsa.Publ
 	if rec.Sequence == 0 || rec.Loss {
 		return nil, fmt.Errorf("read anchor %s: no signed head: %w", anchor, ErrAnchor)
 	}
-	origin, _, _ := bytes.Cut(rec.Note, []byte("\n"))
-	f, err := format(string(origin))
+	f, err := format(rec.Origin())
 	if err != nil {
 		return nil, fmt.Errorf("origin of the anchored head: %w: %w", err, ErrMismatch)
 	}

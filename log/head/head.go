@@ -19,6 +19,7 @@
 package head
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"time"
@@ -61,6 +62,12 @@ type Signed struct {
 	Signature []byte
 	// Note is the signed note (C2SP signed-note, tlog-checkpoint), ready to serve.
 	Note []byte
+}
+
+// Origin returns the first line of the note, which names the log.
+func (s Signed) Origin() string {
+	origin, _, _ := bytes.Cut(s.Note, []byte("\n"))
+	return string(origin)
 }
 
 // Format is how a kind of log writes its heads. RFC 6962 logs sign the

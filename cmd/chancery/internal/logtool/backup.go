@@ -43,8 +43,9 @@ type Manifest struct {
 	Version int       `json:"version"`
 	Time    time.Time `json:"time"`
 	Logs    []Saved   `json:"logs"`
-	// Others are trees that the configuration does not name, old shards: they
-	// have a name and a tree alone.
+	// Others are trees that the configuration does not name. Old shards that the
+	// trusted root names and that end with their last head have it here; all else
+	// has a name and a tree alone.
 	Others []Saved `json:"others,omitempty"`
 	// Files holds the SHA-256 of each file in log/, in hexadecimal.
 	Files map[string]hexHash `json:"files"`
@@ -56,7 +57,8 @@ type Saved struct {
 	Origin string `json:"origin"`
 	// Tree is what the copy holds.
 	Tree Point `json:"tree"`
-	// Head is the anchored head from before the copy, nil if there was none;
+	// Head is the anchored head from before the copy, nil if there was none or it
+	// is not proven;
 	// Checkpoint its signed note.
 	Head       *Point `json:"head,omitempty"`
 	Checkpoint string `json:"checkpoint,omitempty"`
@@ -67,14 +69,19 @@ type Saved struct {
 // Backup copies all logs of the data directory into a new folder, while the
 // service runs. Each is copied as of one root. Those that the configuration
 // names are at least as new as the head that was anchored when Backup began,
-// and are proven to contain it. Errors: os.ErrExist, ErrNotProven, ErrDamaged.
+// and are proven to contain it. A frozen log that does not end with its last head
+// does not stop the others: it is copied, and has no head in the manifest. Errors:
+// os.ErrExist, ErrNotProven, ErrDamaged.
 func Backup(ctx context.Context, logs []Log, dir string, now time.Time) (*Manifest, error) {
 	m := &Manifest{Version: manifestVersion, Time: now.UTC().Truncate(time.Second), Files: map[string]hexHash{}}
 	err := whole.Folder(dir, 0o700, func(tmp string) error {
 		anchors := make([]head.AnchorState, len(logs))
+		unread := make([]error, len(logs))
 		for i, l := range logs {
 			var err error
-			if anchors[i], err = head.ReadAnchor(l.Anchor); err != nil {
+			if anchors[i], err = head.ReadAnchor(l.Anchor); l.Frozen {
+				unread[i] = err
+			} else if err != nil {
 				return fmt.Errorf("back up log %s: %w: %w", l.Name, err, ErrNotProven)
 			}
 		}
@@ -82,7 +89,7 @@ func Backup(ctx context.Context, logs []Log, dir string, now time.Time) (*Manife
 		if err := copyStore(ctx, logs[0].Dir, data); err != nil {
 			return err
 		}
-		if err := m.describe(ctx, logs, anchors, data); err != nil {
+		if err := m.describe(ctx, logs, anchors, unread, data); err != nil {
 			return err
 		}
 		text, err := json.MarshalIndent(m, "", "  ")
@@ -106,13 +113,20 @@ func copyStore(ctx context.Context, from, to string) (err error) {
 }
 
 // describe proves that the copy holds each head and lists its files.
-func (m *Manifest) describe(ctx context.Context, logs []Log, anchors []head.AnchorState, data string) error {
+func (m *Manifest) describe(ctx context.Context, logs []Log, anchors []head.AnchorState, unread []error, data string) error {
 	f, err := openFiles(data)
 	if err != nil {
 		return err
 	}
+	old := map[string]Saved{} // with their last heads
 	for i, l := range logs {
-		s, e := l.check(ctx, f, anchors[i], nil)
+		s, e := l.check(ctx, f, anchors[i], unread[i])
+		if l.Frozen {
+			if e == nil && s.State == Frozen {
+				old[l.Name] = saved(s)
+			}
+			continue
+		}
 		if e == nil && s.State != Consistent {
 			e = fmt.Errorf("%s: %w", s.Reason, ErrNotProven)
 		}
@@ -120,10 +134,14 @@ func (m *Manifest) describe(ctx context.Context, logs []Log, anchors []head.Anch
 			err = errors.Join(err, fmt.Errorf("back up log %s: %w", l.Name, e))
 			continue
 		}
-		m.Logs = append(m.Logs, Saved{l.Name, l.Origin, s.Tree, s.Head, string(anchors[i].Record.Note), s.AnchorSequence})
+		m.Logs = append(m.Logs, saved(s))
 	}
 	for _, name := range slices.Sorted(maps.Keys(f.ids)) {
-		if slices.Contains(names(logs), name) {
+		if slices.Contains(names(configured(logs)), name) {
+			continue
+		}
+		if s, ok := old[name]; ok {
+			m.Others = append(m.Others, s)
 			continue
 		}
 		_, root, e := f.root(ctx, name)
@@ -134,6 +152,16 @@ func (m *Manifest) describe(ctx context.Context, logs []Log, anchors []head.Anch
 		return err
 	}
 	return m.sum(data)
+}
+
+// saved is what the manifest says of a log whose head is proven.
+func saved(s *Status) Saved {
+	return Saved{s.Name, s.Origin, s.Tree, s.Head, string(s.anchor.Record.Note), s.AnchorSequence}
+}
+
+// configured returns the logs that are not frozen.
+func configured(logs []Log) []Log {
+	return slices.DeleteFunc(slices.Clone(logs), func(l Log) bool { return l.Frozen })
 }
 
 // dropShared removes what SQLite leaves beside databases that were only read.
@@ -201,7 +229,7 @@ func readManifest(dir string, logs []Log) (*Manifest, error) {
 		have = append(have, s.Name)
 	}
 	slices.Sort(have)
-	if want := names(logs); !slices.Equal(have, want) {
+	if want := names(configured(logs)); !slices.Equal(have, want) {
 		return nil, fmt.Errorf("%w: it has %q, the configuration %q", ErrBackup, have, want)
 	}
 	for name := range m.Files {
@@ -278,6 +306,9 @@ func (m *Manifest) prove(ctx context.Context, logs []Log, dir string, p Progress
 		l := Log{LogPlace: service.LogPlace{Name: saved.Name}}
 		if i := slices.IndexFunc(logs, func(l Log) bool { return l.Name == saved.Name }); i >= 0 {
 			l = logs[i]
+		}
+		if l.Frozen {
+			l.Origin = saved.Origin
 		}
 		if e := saved.prove(ctx, l, f, p); e != nil {
 			err = errors.Join(err, fmt.Errorf("restore log %s: %w", saved.Name, e))

@@ -24,14 +24,16 @@ import (
 // any web server can serve: below it the very paths of the service, C2SP
 // tlog-tiles for the signature log and the layout of static-ct-api for CT
 // (checkpoint, tile/…, and issuer/… for CT). Every leaf and tile is proven to
-// belong to the head on the way. The folder is whole or not there. Errors:
-// os.ErrExist, ErrNotProven, ErrDamaged.
+// belong to the head on the way. The folder is whole or not there. Of several
+// logs those that are Absent are passed over. Errors: os.ErrExist, ErrNotProven,
+// ErrFrozen, ErrDamaged.
 func Export(ctx context.Context, logs []Log, dir string, p Progress) ([]Status, error) {
 	var list []Status
 	err := whole.Folder(dir, 0o755, func(tmp string) error {
 		for _, l := range logs {
 			s, err := l.export(ctx, filepath.Join(tmp, filepath.FromSlash(l.Path)), p)
-			if err != nil {
+			absent := s != nil && s.State == Absent
+			if err != nil && (!absent || len(logs) == 1) {
 				return fmt.Errorf("export log %s: %w", l.Name, err)
 			}
 			list = append(list, *s)
@@ -52,7 +54,11 @@ func (l Log) export(ctx context.Context, dir string, p Progress) (s *Status, err
 		return nil, err
 	}
 	switch {
-	case s.State != Consistent:
+	case s.State == Absent:
+		return s, fmt.Errorf("%s: %w", s.Reason, ErrNoLog)
+	case s.Err() != nil:
+		return nil, s.Err()
+	case s.State != Consistent && s.State != Frozen:
 		return nil, fmt.Errorf("%s: %w", s.Reason, ErrNotProven)
 	case s.Head == nil:
 		return nil, fmt.Errorf("no head was signed yet: %w", ErrNotProven)

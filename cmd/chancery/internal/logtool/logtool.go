@@ -7,6 +7,10 @@
 // each of which must be the one that keys.yaml names. All but Restore and
 // AcceptLoss work beside a running service; those two need it stopped.
 //
+// A shard that has a successor is a log like the others, but that nothing signs
+// for it any more: its key and its URL are in the trusted root alone, and the
+// anchored head is the last. Leaves that it does not cover are not the log's.
+//
 // What is read is proven before it is used: a leaf hash is computed from the
 // leaf's octets, a tile from the tiles below it, the root from the tiles, and
 // the root must be that of the head that the anchor holds, signed by the log's
@@ -18,6 +22,7 @@ package logtool
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"encoding/hex"
@@ -51,6 +56,9 @@ var (
 	ErrDamaged = errors.New("log data damaged")
 	// ErrRunning: the service must be stopped for this.
 	ErrRunning = errors.New("service is running")
+	// ErrFrozen: what is there of a frozen log is not what its last head says.
+	// Nothing mends it but the newest files: no head is signed any more.
+	ErrFrozen = errors.New("frozen log does not end with its last head")
 	// ErrNothingLost: the log continues its anchor; there is no loss to accept.
 	ErrNothingLost = errors.New("nothing is lost")
 	// ErrCounter: the hardware counter of the log was not opened.
@@ -59,10 +67,13 @@ var (
 	ErrBackup = errors.New("not a backup of these logs")
 )
 
-// Log is one log of the configuration, from outside.
+// Log is one log of the configuration or of the trusted root, from outside.
 type Log struct {
 	service.LogPlace
 	Public *ecdsa.PublicKey
+	// Frozen says that the log has a successor. Its Origin and Format are then
+	// empty: they are those of the anchored head.
+	Frozen bool
 	Format head.Format
 	// Hardware is the open counter that the anchor is bound to. While it is nil
 	// and LogPlace.Counter is not, the anchor's epoch is shown and not compared
@@ -70,36 +81,59 @@ type Log struct {
 	Hardware head.Counter
 }
 
-// Find returns the configured logs, or the one with the name. Errors: ErrNoLog.
+// Find returns the configured logs and after them the frozen ones, or the one
+// with the name. Errors: ErrNoLog.
 func Find(cfg *config.Config, name string) ([]Log, error) {
 	ring, err := trust.LoadKeyRing(filepath.Join(cfg.Trust, "keys.yaml"))
 	if err != nil {
 		return nil, err
 	}
 	var logs []Log
-	var names []string
+	current := map[hsm.Role]crypto.PublicKey{}
 	for _, place := range service.LogPlaces(cfg) {
-		names = append(names, place.Name)
-		if name != "" && place.Name != name {
-			continue
-		}
 		l := Log{LogPlace: place}
 		if l.Public, err = publicKey(filepath.Join(cfg.Trust, string(place.Role)+".pub"), ring.Keys[place.Role].SPKI); err != nil {
 			return nil, fmt.Errorf("public key of log %s: %w", place.Name, err)
 		}
-		newFormat := ct.NewFormat
-		if place.Role == hsm.RoleRekor {
-			newFormat = rekor.NewFormat
-		}
-		if l.Format, err = newFormat(place.Origin, l.Public); err != nil {
+		if l.Format, err = l.newFormat(place.Origin); err != nil {
 			return nil, fmt.Errorf("log %s: %w", place.Name, err)
 		}
-		logs = append(logs, l)
+		logs, current[place.Role] = append(logs, l), l.Public
 	}
-	if len(logs) == 0 {
-		return nil, fmt.Errorf("%w: %q; there are %q", ErrNoLog, name, names)
+	frozen, err := service.FrozenLogs(cfg, current)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range frozen {
+		logs = append(logs, Log{LogPlace: l.LogPlace, Public: l.Key, Frozen: true})
+	}
+	if name == "" {
+		return logs, nil
+	}
+	all := names(logs)
+	if logs = slices.DeleteFunc(logs, func(l Log) bool { return l.Name != name }); len(logs) == 0 {
+		return nil, fmt.Errorf("%w: %q; there are %q", ErrNoLog, name, all)
 	}
 	return logs, nil
+}
+
+// newFormat is how a log of this kind and key writes the heads of an origin.
+func (l Log) newFormat(origin string) (head.Format, error) {
+	if l.Role == hsm.RoleRekor {
+		return rekor.NewFormat(origin, l.Public)
+	}
+	return ct.NewFormat(origin, l.Public)
+}
+
+// verifyHead verifies the anchored head with the log's key.
+func (l Log) verifyHead(rec head.Record) error {
+	if l.Frozen {
+		var err error
+		if l.Format, err = l.newFormat(rec.Origin()); err != nil {
+			return fmt.Errorf("origin of the anchored head: %w", err)
+		}
+	}
+	return rec.Verify(l.Public, l.Format)
 }
 
 // publicKey reads a P-256 key in PEM and holds it against keys.yaml.
@@ -184,6 +218,13 @@ const (
 	// Foreign: the anchor is of another key or origin. The service does not
 	// start.
 	Foreign State = "foreign anchor"
+	// Frozen: the log has a successor, and ends with its last head.
+	Frozen State = "frozen"
+	// Unproven: it has a successor, and does not end with its last head.
+	Unproven State = "frozen, not proven"
+	// Absent: it has a successor, and nothing of it is in the state folder. It is
+	// somebody else's to serve.
+	Absent State = "frozen, not here"
 )
 
 // Status is what is known of a log without reading its leaves.
@@ -266,10 +307,16 @@ func (l Log) checkOnce(ctx context.Context) (*Status, error) {
 
 func (l Log) check(ctx context.Context, f *files, anchor head.AnchorState, anchorErr error) (*Status, error) {
 	id, root, err := f.root(ctx, l.Name)
+	if l.Frozen && errors.Is(err, fs.ErrNotExist) {
+		return l.without(errors.Is(err, ErrNoLog) && errors.Is(anchorErr, fs.ErrNotExist)), nil
+	}
 	if err != nil {
 		return nil, err
 	}
 	rec := anchor.Record
+	if l.Frozen {
+		l.Origin = rec.Origin()
+	}
 	s := &Status{
 		Name: l.Name, Origin: l.Origin, Tree: Point{root.Size, hexHash(root.Hash), root.Time},
 		AnchorSequence: rec.Sequence, DamagedSlots: anchor.Damaged, anchor: anchor, id: id,
@@ -282,7 +329,54 @@ func (l Log) check(ctx context.Context, f *files, anchor head.AnchorState, ancho
 	if err != nil {
 		return nil, err
 	}
+	if l.Frozen {
+		s.Epoch = rec.Epoch
+		s.end()
+		return s, nil
+	}
 	return s, l.checkEpoch(ctx, s, anchorErr)
+}
+
+// without is the status of a frozen log that has no tree here, and that never had
+// one or was moved away, or lost it.
+func (l Log) without(absent bool) *Status {
+	if absent {
+		return &Status{Name: l.Name, State: Absent, Reason: "neither its tree nor its anchor is in the state folder"}
+	}
+	return &Status{Name: l.Name, State: Unproven, Reason: "its tree is missing in the state folder"}
+}
+
+// end turns the state of a log that could go on into that of a frozen one. Of
+// the slots of an anchor that is not written again one is enough.
+func (s *Status) end() {
+	switch {
+	case s.State == Accepted:
+		s.Reason = "an operator accepted a loss, and no head was signed after it"
+	case s.State != Consistent:
+	case s.Head == nil:
+		s.Reason = "the anchor holds no head"
+	case s.Pending > 0:
+		s.Reason = fmt.Sprintf("%d leaves after the last head: nobody signed for them", s.Pending)
+	case len(s.DamagedSlots) > 0:
+		s.State, s.Reason = Frozen, fmt.Sprintf("slot %d of the anchor is damaged", s.DamagedSlots[0])
+		return
+	default:
+		s.State = Frozen
+		return
+	}
+	s.State = Unproven
+}
+
+// Err is what is wrong with a log that would not sign, or that is frozen and
+// does not end with its last head: ErrNotProven, ErrFrozen. Else it is nil.
+func (s *Status) Err() error {
+	switch s.State {
+	case Latched, Foreign:
+		return fmt.Errorf("%s: %w", s.Reason, ErrNotProven)
+	case Unproven:
+		return fmt.Errorf("%s: %w", s.Reason, ErrFrozen)
+	}
+	return nil
 }
 
 // checkEpoch holds the epoch of a readable anchor against the configuration and,
@@ -333,7 +427,7 @@ func (l Log) compare(ctx context.Context, f *files, s *Status, anchorErr error) 
 	case rec.Sequence == 0:
 		return Consistent, "", nil
 	}
-	if err := rec.Verify(l.Public, l.Format); err != nil {
+	if err := l.verifyHead(rec); err != nil {
 		return Foreign, err.Error(), nil
 	}
 	if s.Tree.Size < rec.Size {

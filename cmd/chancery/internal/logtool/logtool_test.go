@@ -58,8 +58,10 @@ var large = sync.OnceValues(func() (*logtooltest.Service, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if s, err := large(); err == nil {
-		_ = os.RemoveAll(s.Dir)
+	for _, made := range []func() (*logtooltest.Service, error){large, rotatedOnce} {
+		if s, err := made(); err == nil {
+			_ = os.RemoveAll(s.Dir)
+		}
 	}
 	os.Exit(code)
 }

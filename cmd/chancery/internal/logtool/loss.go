@@ -44,7 +44,8 @@ type Incident struct {
 
 // Lost compares a log that is read-only with its anchor, for AcceptLoss and
 // for the operator who decides. It proves that the tree that is there is whole.
-// Errors: ErrNothingLost, ErrNotProven for an anchor of another log, ErrDamaged.
+// Errors: ErrNothingLost, ErrNotProven for an anchor of another log, ErrFrozen,
+// ErrDamaged.
 func (l Log) Lost(ctx context.Context, p Progress) (*Status, error) {
 	anchor, anchorErr := head.ReadAnchor(l.Anchor)
 	f, err := openFiles(l.Dir)
@@ -54,6 +55,8 @@ func (l Log) Lost(ctx context.Context, p Progress) (*Status, error) {
 	s, err := l.check(ctx, f, anchor, anchorErr)
 	switch {
 	case err != nil:
+	case l.Frozen:
+		err = fmt.Errorf("no head is signed after an acceptance: %w", ErrFrozen)
 	case s.State == Consistent, s.State == Accepted:
 		err = fmt.Errorf("%w: the tree of %d leaves continues the anchor", ErrNothingLost, s.Tree.Size)
 	case s.State != Latched:

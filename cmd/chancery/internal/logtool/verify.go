@@ -259,8 +259,8 @@ type Result struct {
 // Verify checks all that is stored of a log: the anchor's slots, key,
 // signature and origin; every row of the database; every leaf from the first
 // one named on from its octets; every tile; the root; and that the anchored
-// head is of this tree. Errors: ErrDamaged, ErrNotProven; the text names the
-// thing. Of leaves before from, which an earlier Verify has proven, only the
+// head is of this tree. Errors: ErrDamaged, ErrNotProven, ErrFrozen; the text
+// names the thing. Of a log that is Absent nothing is checked. Of leaves before from, which an earlier Verify has proven, only the
 // hashes are used.
 func (l Log) Verify(ctx context.Context, from uint64, p Progress) (*Result, error) {
 	anchor, anchorErr := head.ReadAnchor(l.Anchor)
@@ -281,13 +281,16 @@ func (l Log) verify(ctx context.Context, f *files, anchor head.AnchorState, anch
 		return nil, err
 	}
 	r := &Result{Status: s}
+	if s.State == Absent || s.id == 0 {
+		return r, s.Err()
+	}
 	if from > s.Tree.Size {
 		return r, fmt.Errorf("from leaf %d of %d: beyond the tree: %w", from, s.Tree.Size, ErrNotProven)
 	}
 	// Everything that is wrong is named, not the first thing only.
 	errs := []error{l.proveTree(ctx, f, s, from, nil, p)}
-	if s.State == Latched || s.State == Foreign {
-		errs = append(errs, fmt.Errorf("anchor: %s: %w", s.Reason, ErrNotProven))
+	if err := s.Err(); err != nil {
+		errs = append(errs, fmt.Errorf("anchor: %w", err))
 	}
 	for _, slot := range s.DamagedSlots {
 		errs = append(errs, fmt.Errorf("anchor: slot %d is damaged, by rot or by a crash before the next head: %w", slot, ErrDamaged))

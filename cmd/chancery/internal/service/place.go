@@ -1,11 +1,22 @@
 package service
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/tree"
 )
 
-// LogPlace says where a configured log lives, for tools that work on its files.
+// LogPlace says where a log lives, for tools that work on its files.
 type LogPlace struct {
 	// Name is that of its tree and its anchor.
 	Name string
@@ -24,16 +35,66 @@ type LogPlace struct {
 
 // LogPlaces returns the logs that the configuration names.
 func LogPlaces(cfg *config.Config) []LogPlace {
-	ct, rekor := treeName("ct", cfg.CT.Log), treeName("rekor", cfg.Rekor.Log)
-	places := []LogPlace{
-		{ct, hsm.RoleCT, cfg.CT.Origin, logDir(cfg), anchorPath(cfg, ct), "ct/" + cfg.CT.Shard, cfg.CT.Counter},
-		{rekor, hsm.RoleRekor, cfg.Rekor.Origin, logDir(cfg), anchorPath(cfg, rekor), "log/" + cfg.Rekor.Shard + "/api/v2", cfg.Rekor.Counter},
-	}
+	ct, rekor := place(cfg, hsm.RoleCT, cfg.CT.Shard), place(cfg, hsm.RoleRekor, cfg.Rekor.Shard)
+	ct.Origin, ct.Counter = cfg.CT.Origin, cfg.CT.Counter
+	rekor.Origin, rekor.Counter = cfg.Rekor.Origin, cfg.Rekor.Counter
 	switch {
 	case cfg.Only == config.OnlyCT:
-		return places[:1]
+		return []LogPlace{ct}
 	case cfg.CT.Elsewhere():
-		return places[1:]
+		return []LogPlace{rekor}
 	}
-	return places
+	return []LogPlace{ct, rekor}
+}
+
+// place is where a shard lives, whatever its origin and counter are.
+func place(cfg *config.Config, role hsm.Role, shard string) LogPlace {
+	p := LogPlace{Role: role, Dir: logDir(cfg), Path: "ct/" + shard}
+	p.Name = treeName(string(role), config.Log{Shard: shard})
+	p.Anchor = anchorPath(cfg, p.Name)
+	if role == hsm.RoleRekor {
+		p.Path = "log/" + shard + "/api/v2"
+	}
+	return p
+}
+
+// FrozenLog is a shard of a log of this service that the trusted root names
+// and that has a successor: it is read, under its own path, and takes no entry.
+// Its key is gone from keys.yaml, so what it shows ends with its anchored head.
+type FrozenLog struct {
+	// LogPlace has no Origin, which is that of the anchored head, and no Counter:
+	// no configuration names them any more. Nor need the files be there.
+	LogPlace
+	Key *ecdsa.PublicKey
+}
+
+// FrozenLogs returns the shards of the trust folder's trusted root that are
+// this service's by their URL and not the current ones by their key.
+func FrozenLogs(cfg *config.Config, current map[hsm.Role]crypto.PublicKey) ([]FrozenLog, error) {
+	data, err := os.ReadFile(filepath.Join(cfg.Trust, "trusted_root.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // a trust folder of a CT log alone needs none
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read trusted root: %w", err)
+	}
+	trusted, err := trust.ParseRoot(data)
+	if err != nil {
+		return nil, err
+	}
+	var frozen []FrozenLog
+	for _, of := range []struct {
+		role hsm.Role
+		path string
+		logs []trust.Log
+	}{{hsm.RoleRekor, "/log/", trusted.Logs}, {hsm.RoleCT, "/ct/", trusted.CTLogs}} {
+		for _, l := range of.logs {
+			shard, ours := strings.CutPrefix(l.BaseURL, cfg.URL+of.path)
+			p := place(cfg, of.role, shard)
+			if ours && tree.CheckName(p.Name) == nil && !l.PublicKey.Equal(current[of.role]) {
+				frozen = append(frozen, FrozenLog{p, l.PublicKey})
+			}
+		}
+	}
+	return frozen, nil
 }

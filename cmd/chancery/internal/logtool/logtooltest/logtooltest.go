@@ -5,14 +5,18 @@ package logtooltest
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -43,10 +47,12 @@ ct: {shard: ct1}
 rekor: {shard: log1}
 `
 
-// Names of the two logs.
+// Names of the two logs, and of those that follow them.
 const (
-	CT    = "ct-ct1"
-	Rekor = "rekor-log1"
+	CT        = "ct-ct1"
+	Rekor     = "rekor-log1"
+	NextCT    = "ct-ct2"
+	NextRekor = "rekor-log2"
 )
 
 // Service is a service's folder, and its logs while they run.
@@ -66,42 +72,91 @@ type Service struct {
 // Create makes the configuration, the trust folder and the empty logs in dir.
 func Create(dir string) (*Service, error) {
 	s := &Service{Dir: dir, Keys: map[hsm.Role]hsm.Key{}, next: map[string]int{}}
-	ring := &trust.KeyRing{Tokens: map[string]trust.Token{"online": {URI: "pkcs11:token=online", Module: "/nowhere"}}, Keys: map[hsm.Role]trust.Key{}}
-	if err := os.MkdirAll(filepath.Join(dir, "trust"), 0o700); err != nil {
-		return nil, err
-	}
 	for _, role := range trust.Roles() {
-		if trust.Optional(role) {
-			continue
-		}
-		key := hsmtest.SoftwareKey(hsm.ECDSAP256)
-		spki, err := hsm.SPKIHash(key.Public())
-		if err != nil {
-			return nil, err
-		}
-		s.Keys[role] = key
-		ring.Keys[role] = trust.Key{Token: "online", URI: "pkcs11:token=online;object=" + string(role), SPKI: spki}
-		der, err := x509.MarshalPKIXPublicKey(key.Public())
-		if err != nil {
-			return nil, err
-		}
-		if err := os.WriteFile(filepath.Join(dir, "trust", string(role)+".pub"), pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), 0o600); err != nil {
-			return nil, err
+		if !trust.Optional(role) {
+			s.Keys[role] = hsmtest.SoftwareKey(hsm.ECDSAP256)
 		}
 	}
-	text, err := ring.Marshal()
-	if err == nil {
-		err = errors.Join(
-			os.WriteFile(filepath.Join(dir, "trust", "keys.yaml"), text, 0o600),
-			os.WriteFile(filepath.Join(dir, "chancery.yaml"), []byte(configText), 0o600))
-	}
-	if err != nil {
+	if err := errors.Join(s.writeTrust(), s.write("chancery.yaml", []byte(configText))); err != nil {
 		return nil, err
 	}
+	var err error
 	if s.Config, err = config.Load(filepath.Join(dir, "chancery.yaml")); err != nil {
 		return nil, err
 	}
-	return s, service.Create(context.Background(), s.Config, service.Options{Logger: slog.New(slog.DiscardHandler)})
+	return s, service.Create(context.Background(), s.Config, quiet())
+}
+
+func quiet() service.Options { return service.Options{Logger: slog.New(slog.DiscardHandler)} }
+
+// write writes a file and the folder above it.
+func (s *Service) write(name string, data []byte) error {
+	path := filepath.Join(s.Dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(path, data, 0o600)
+}
+
+// writeTrust writes what the trust folder has of the keys.
+func (s *Service) writeTrust() error {
+	ring := &trust.KeyRing{Tokens: map[string]trust.Token{"online": {URI: "pkcs11:token=online", Module: "/nowhere"}}, Keys: map[hsm.Role]trust.Key{}}
+	for role, key := range s.Keys {
+		spki, err := hsm.SPKIHash(key.Public())
+		if err != nil {
+			return err
+		}
+		ring.Keys[role] = trust.Key{Token: "online", URI: "pkcs11:token=online;object=" + string(role), SPKI: spki}
+		der, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return err
+		}
+		if err := s.write(filepath.Join("trust", string(role)+".pub"), pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})); err != nil {
+			return err
+		}
+	}
+	text, err := ring.Marshal()
+	if err != nil {
+		return err
+	}
+	return s.write(filepath.Join("trust", "keys.yaml"), text)
+}
+
+// Rotate gives both logs of a stopped service successors with other keys, as a
+// ceremony does: CT and Rekor are old shards then.
+func (s *Service) Rotate() (err error) {
+	old := s.Keys
+	s.Keys = maps.Clone(old)
+	s.Keys[hsm.RoleCT], s.Keys[hsm.RoleRekor] = hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256)
+	text := strings.NewReplacer("shard: ct1", "shard: ct2", "shard: log1", "shard: log2").Replace(configText)
+	if err := errors.Join(s.writeTrust(), s.WriteRoot(old), s.write("chancery.yaml", []byte(text))); err != nil {
+		return err
+	}
+	if s.Config, err = config.Load(filepath.Join(s.Dir, "chancery.yaml")); err != nil {
+		return err
+	}
+	_, _, err = service.Add(context.Background(), s.Config, quiet())
+	return err
+}
+
+// WriteRoot writes a trusted root with the logs of old keys and of ours.
+func (s *Service) WriteRoot(old map[hsm.Role]hsm.Key) error {
+	type object = map[string]any
+	logs := func(role hsm.Role, url string) (list []object, err error) {
+		for i, keys := range []map[hsm.Role]hsm.Key{old, s.Keys} {
+			der, e := x509.MarshalPKIXPublicKey(keys[role].Public())
+			id := sha256.Sum256(der)
+			list, err = append(list, object{
+				"baseUrl": fmt.Sprintf("https://sig.example/%s%d", url, i+1), "hashAlgorithm": "SHA2_256", "logId": object{"keyId": id[:]},
+				"publicKey": object{"rawBytes": der, "keyDetails": "PKIX_ECDSA_P256_SHA_256", "validFor": object{"start": "2026-01-01T00:00:00Z"}},
+			}), errors.Join(err, e)
+		}
+		return list, err
+	}
+	signature, err := logs(hsm.RoleRekor, "log/log")
+	ct, ctErr := logs(hsm.RoleCT, "ct/ct")
+	text, jsonErr := json.Marshal(object{"mediaType": trust.RootMediaType, "tlogs": signature, "ctlogs": ct})
+	return errors.Join(err, ctErr, jsonErr, s.write(filepath.Join("trust", "trusted_root.json"), text))
 }
 
 // Copy copies a stopped service to another folder, with its keys.
@@ -191,7 +246,7 @@ func (s *Service) Fill(name string, n int) error {
 // should be, of certificates that are none.
 func Leaf(name string, i int) (tree.Leaf, error) {
 	body := fmt.Appendf(nil, "leaf %d of %s", i, name)
-	if name == Rekor {
+	if strings.HasPrefix(name, "rekor-") {
 		return tree.Leaf{Value: body}, nil
 	}
 	value, err := tls.Marshal(gct.MerkleTreeLeaf{
