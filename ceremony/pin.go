@@ -67,6 +67,9 @@ func (r *run) changePIN(ctx context.Context, s Step) error {
 			return fmt.Errorf("log out: %w", err)
 		}
 	}
+	if err := r.checkSeenBefore(ctx, s.Name); err != nil {
+		return err
+	}
 	device := r.facts.inventory[s.Name].Token.Device()
 	begun := r.facts.pins[s.Name]
 	if !begun {

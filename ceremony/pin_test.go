@@ -218,6 +218,61 @@ func TestChangePINRefused(t *testing.T) {
 	}
 }
 
+// TestAnotherDevice: a token with the label of the one on record gets no PIN
+// typed, neither to be opened nor to be changed.
+func TestAnotherDevice(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		after int // looks at the clock, or 0: at the PIN
+	}{
+		{"to make keys", 24},
+		{"to change its PIN", 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPINTokens(t)
+			d, opts := pinDefinition(t), p.options(t)
+			killed := errors.New("cut off")
+			if tc.after > 0 {
+				opts.Now, killed = killAfter(tc.after), errKilled
+			} else {
+				p.cutOff = func(bool) error { return killed }
+			}
+			if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, killed) {
+				t.Fatalf("error %v, want %v", err, killed)
+			}
+			asked := 0
+			swapped := opts
+			swapped.Now = fixedClock
+			swapped.Inspect = func(_ context.Context, name string) (hsm.Inspection, error) {
+				return hsm.Inspection{Token: hsm.TokenInfo{Label: name, Serial: "of another"}}, nil
+			}
+			swapped.Open = func(context.Context, string) (hsm.Token, error) { asked++; return nil, hsm.ErrPIN }
+			swapped.ChangePIN = func(context.Context, string, bool) (bool, error) { asked++; return false, hsm.ErrPIN }
+			if _, err := Rehearse(t.Context(), d, swapped); !errors.Is(err, hsm.ErrMismatch) || asked != 0 {
+				t.Errorf("another device: %v, and %d PINs asked for; want ErrMismatch and none", err, asked)
+			}
+			swapped.Inspect, swapped.Open, p.cutOff = nil, func(ctx context.Context, name string) (hsm.Token, error) {
+				if name == DemoRootToken {
+					name = DemoOnlineToken
+				} else {
+					name = DemoRootToken
+				}
+				return p.open(ctx, name)
+			}, nil
+			if tc.after > 0 { // one that is seen when it is open
+				if _, err := Rehearse(t.Context(), d, swapped); !errors.Is(err, hsm.ErrMismatch) {
+					t.Errorf("the other token was opened: %v, want ErrMismatch", err)
+				}
+			}
+			opts.Now = fixedClock
+			if _, err := Rehearse(t.Context(), d, opts); err != nil {
+				t.Fatal(err)
+			}
+			p.check(t, opts.Dir)
+		})
+	}
+}
+
 // TestPINSteps: where a PIN is changed, and what the plan says of it.
 func TestPINSteps(t *testing.T) {
 	pinSteps := func(d *Definition) (found []Step) {

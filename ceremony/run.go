@@ -220,12 +220,36 @@ func (r *run) token(ctx context.Context, name string) (hsm.Token, error) {
 	if r.opts.Open == nil {
 		return nil, fmt.Errorf("token %s is not open: %w", name, hsm.ErrNotFound)
 	}
+	if err := r.checkSeenBefore(ctx, name); err != nil {
+		return nil, err
+	}
 	tok, err := r.opts.Open(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("open token %s: %w", name, err)
 	}
 	r.opened[name] = tok
-	return tok, r.def.checkSoftware(name, tok.Info())
+	return tok, errors.Join(r.def.checkSoftware(name, tok.Info()), r.facts.checkRecorded(name, tok.Info()))
+}
+
+// checkSeenBefore wants the device that is on record, after an interruption, too:
+// nobody shall type a PIN for another one with the same label.
+func (r *run) checkSeenBefore(ctx context.Context, name string) error {
+	if _, ok := r.facts.inventory[name]; !ok || r.opts.Inspect == nil {
+		return nil
+	}
+	seen, err := r.opts.Inspect(ctx, name)
+	if err != nil {
+		return fmt.Errorf("inspect token %s: %w", name, err)
+	}
+	return r.facts.checkRecorded(name, seen.Token)
+}
+
+// checkRecorded wants the device of the inventory, if there is one.
+func (f *facts) checkRecorded(name string, info hsm.TokenInfo) error {
+	if on, ok := f.inventory[name]; ok && on.Token.Device() != info.Device() {
+		return fmt.Errorf("token %s has serial %.40q, the one on record %.40q: another device: %w", name, info.Serial, on.Token.Serial, hsm.ErrMismatch)
+	}
+	return nil
 }
 
 // closeTokens logs out of the tokens that the ceremony opened.

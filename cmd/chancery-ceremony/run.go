@@ -243,6 +243,8 @@ func (e *interrupted) hint() string {
 		return "the ceremony is over; its records are in " + e.out
 	case state.Quarantined != "":
 		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
+	case errors.Is(e.err, ceremony.ErrEnvironment):
+		return fmt.Sprintf("not with this definition; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
 	case errors.Is(e.err, ceremony.ErrCustodians):
 		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s%s", filepath.Join(e.out, "custodians"), e.out, e.flags())
 	case errors.Is(e.err, ceremony.ErrBundle):
