@@ -6,9 +6,11 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"os"
@@ -38,6 +40,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/log/tree"
 	"github.com/chancery-ca/chancery/test/terminal"
 )
 
@@ -72,6 +75,7 @@ func rotation(t *testing.T, cosignPath string) {
 	// The logs are frozen, their last heads go into the record, and other shards
 	// with other keys follow.
 	r.stop()
+	r.crashed()
 	r.settings["rekor"], r.settings["ct"] = map[string]any{"frozen": true}, map[string]any{"frozen": true}
 	r.serve(genesis)
 	r.frozen()
@@ -96,6 +100,7 @@ func rotation(t *testing.T, cosignPath string) {
 	r.revoked(last, oldInter)
 	r.oldShard(genesis, last, old, oldLast)
 	r.oldCTShard(genesis, old)
+	r.oldLogs()
 	r.stop()
 	r.revokedStops(genesis, last)
 	r.damagedShard(last)
@@ -672,6 +677,78 @@ func (r *room) revoked(out string, old *x509.Certificate) {
 	}
 }
 
+// crashed leaves a leaf in each log that no head covers, as a service that is
+// killed between its commit and its signature.
+func (r *room) crashed() {
+	r.t.Helper()
+	engine, err := tree.Open(r.t.Context(), tree.Config{
+		Dir: filepath.Join(r.path("state"), "log"), Now: func() (time.Time, error) { return time.Now(), nil }, Logger: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, name := range []string{"ct-ct2026", "rekor-log2026-1"} {
+		shard, err := engine.Tree(r.t.Context(), name)
+		if err == nil {
+			_, _, err = shard.Append(r.t.Context(), tree.Leaf{Value: []byte("nobody had an answer to this")})
+		}
+		if err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	if err := engine.Close(r.t.Context()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// oldLogs has the operator's tool verify the old shards beside the running
+// service: they end with the heads in the record.
+func (r *room) oldLogs() {
+	r.t.Helper()
+	chancery := binary(r.t, "chancery")
+	var list []struct {
+		Name, State string
+		Head        struct {
+			Size uint64
+			Root string
+		}
+	}
+	if err := json.Unmarshal([]byte(r.tool(chancery, "log", "status", "--config", r.s.config, "--output", "json")), &list); err != nil {
+		r.t.Fatal(err)
+	}
+	var sth struct {
+		Size uint64 `json:"tree_size"`
+		Root []byte `json:"sha256_root_hash"`
+	}
+	if err := json.Unmarshal(mustRead(r.t, r.path("last.sth")), &sth); err != nil {
+		r.t.Fatal(err)
+	}
+	lines := strings.Split(string(mustRead(r.t, r.path("last.checkpoint"))), "\n")
+	root, err := base64.StdEncoding.DecodeString(lines[2])
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	want := []string{
+		"rekor-log2026-1 frozen " + lines[1] + fmt.Sprintf(" %x", root),
+		fmt.Sprintf("ct-ct2026 frozen %d %x", sth.Size, sth.Root),
+	}
+	var got []string
+	for _, l := range list {
+		if l.State == "frozen" {
+			got = append(got, fmt.Sprintf("%s %s %d %s", l.Name, l.State, l.Head.Size, l.Head.Root))
+		}
+	}
+	if !slices.Equal(got, want) {
+		r.t.Errorf("frozen logs %q, want %q", got, want)
+	}
+	verified := r.tool(chancery, "log", "verify", "--config", r.s.config)
+	for _, name := range []string{"ct-ct2026", "rekor-log2026-1", "ct-ct2027", "rekor-log2026-2"} {
+		if !strings.Contains(verified, "verified  "+name+": ") {
+			r.t.Errorf("%s is not verified:\n%s", name, verified)
+		}
+	}
+}
+
 // frozen takes the last heads of logs that take nothing more, and finds that they
 // are the last: no client's entry or certificate changes them.
 func (r *room) frozen() {
@@ -832,6 +909,12 @@ func (r *room) damagedShard(last string) {
 		r.t.Errorf("readyz says %s", answer)
 	}
 	r.s.get("/log/log2026-1/api/v2/checkpoint", http.StatusNotFound)
+	for _, verb := range []string{"status", "verify"} {
+		got := command(r.t, r.env, binary(r.t, "chancery"), "log", verb, "--config", r.s.config)
+		if got.code != 1 || !strings.Contains(got.stderr, "log rekor-log2026-1: ") || strings.Contains(got.stderr, "ct2026") || !strings.Contains(got.stdout, "ct-ct2026") {
+			r.t.Errorf("log %s: exit status %d\n%s%s", verb, got.code, got.stdout, got.stderr)
+		}
+	}
 	r.s.get("/log/log2026-2/api/v2/checkpoint", http.StatusOK)
 }
 
