@@ -514,9 +514,25 @@ func checkTokenURI(uri string) error {
 	case ref.Scheme() == "pkcs11" && tokenLabel(uri) != "":
 		return nil
 	case ref.Scheme() == "tpm2" && len(uri) > len("tpm2:"):
-		return nil
+		return checkKeyFolder(uri)
 	}
 	return fmt.Errorf("uri %.80q: want pkcs11:token=… or tpm2:…", uri)
+}
+
+// checkKeyFolder wants the folder of a TPM's key files, if a URI names one, in
+// plain: absolute, or one inside of the outputs.
+func checkKeyFolder(uri string) error {
+	escaped, _, _ := strings.Cut(strings.TrimPrefix(uri, "tpm2:"), "?")
+	folder, err := url.PathUnescape(escaped)
+	switch {
+	case err != nil || !printable(folder):
+		return fmt.Errorf("uri %.80q: folder malformed", uri)
+	case folder == "":
+		return nil
+	case path.Clean(folder) != folder || folder == "." || folder == "/" || !path.IsAbs(folder) && !filepath.IsLocal(folder):
+		return fmt.Errorf("uri %.80q: want a folder inside of the outputs, or an absolute one, without . and ..", uri)
+	}
+	return nil
 }
 
 // tokenLabel returns the token attribute of a PKCS#11 URI, or "".

@@ -124,6 +124,10 @@ func TestExitStatus(t *testing.T) {
 	if err := os.WriteFile(broken, []byte("version: 1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	amongPINs := filepath.Join(t.TempDir(), "pins.yaml")
+	if err := os.WriteFile(amongPINs, bytes.Replace(source, []byte("outputs: {dir: out}"), []byte("outputs: {dir: pins/out}"), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct {
 		name   string
 		args   []string
@@ -137,6 +141,8 @@ func TestExitStatus(t *testing.T) {
 		{"no definition", []string{"rehearse"}, exitUsage, "hint:"},
 		{"unknown output", []string{"verify", "--output", "xml", "."}, exitUsage, "text or json"},
 		{"definition not there", []string{"plan", "nothing.yaml"}, exitFailed, "no such file"},
+		{"a name that clears the screen", []string{"plan", "no\x1b[2J\u202eth\xff.yaml"}, exitFailed, "open no?[2J?th?.yaml: no such"},
+		{"outputs among the PINs", []string{"rehearse", amongPINs, "--dir", filepath.Join(t.TempDir(), "new")}, exitFailed, "outputs are public"},
 		{"definition incomplete", []string{"plan", broken}, exitFailed, "invalid definition"},
 		{"run a rehearsal", []string{"run", examplePath, "--dir", t.TempDir()}, exitFailed, "environment is rehearsal"},
 		{"run without the module", []string{"run", production, "--dir", filepath.Join(t.TempDir(), "new")}, exitFailed, "window"},

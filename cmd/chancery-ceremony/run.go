@@ -160,6 +160,10 @@ func (f *runFlags) place(def *ceremony.Definition) error {
 		f.dir = def.ID
 	}
 	f.out = filepath.Join(f.dir, filepath.FromSlash(def.Outputs.Dir))
+	first, _, _ := strings.Cut(def.Outputs.Dir, "/")
+	if def.Environment == ceremony.Rehearsal && slices.Contains([]string{tokensFolder, pinsFolder, pairingsFolder}, first) {
+		return fmt.Errorf("outputs: dir %q: a rehearsal has its own things in %s, and outputs are public: %w", def.Outputs.Dir, first, ceremony.ErrDefinition)
+	}
 	return nil
 }
 
