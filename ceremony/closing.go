@@ -364,6 +364,7 @@ func (r *run) abortNow(ctx context.Context, person, reason string) error {
 			ID: string(StepAbort), Person: person, Confirmation: true,
 			Title:    "The ceremony ends here and can never be resumed.",
 			Why:      "What was made so far will not be used; its keys stay in the tokens until someone destroys them.",
+			Facts:    r.facts.pinsBegun(),
 			Prompt:   "Type the ceremony's id to end it",
 			Check:    func(answer string) error { return wantText(answer, r.def.ID) },
 			Practice: r.def.ID,

@@ -37,7 +37,7 @@ func (t Token) checkPIN() error {
 }
 
 // pinSteps are the last that is done with tokens, of any kind of ceremony that
-// comes to its outputs. One that is aborted leaves the PINs.
+// comes to its outputs. One that is aborted before leaves the PINs.
 func (d *Definition) pinSteps() []Step {
 	var steps []Step
 	for _, name := range sorted(d.Tokens) {
@@ -108,4 +108,14 @@ func (f *facts) takePIN(rec *Record, s Step) error {
 		return bad(rec, "not announced, or in another token")
 	}
 	return nil
+}
+
+// pinsBegun are the tokens of which the records do not say that they have the
+// PIN of before: who ends the ceremony now must not throw a paper away.
+func (f *facts) pinsBegun() []Fact {
+	var facts []Fact
+	for _, name := range sorted(f.pins) {
+		facts = append(facts, Fact{"PIN", "token " + name + " has its new PIN, or still the one before: keep both"})
+	}
+	return facts
 }

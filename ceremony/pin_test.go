@@ -273,6 +273,45 @@ func TestAnotherDevice(t *testing.T) {
 	}
 }
 
+// TestAbortAfterPIN: who ends a ceremony in which a PIN may have been changed is
+// told to keep both; before, there is nothing to say.
+func TestAbortAfterPIN(t *testing.T) {
+	killed := errors.New("killed at C_SetPIN")
+	for _, tc := range []struct {
+		name   string
+		cutOff func(bool) error
+		want   []Fact
+	}{
+		{"after C_SetPIN", func(after bool) error {
+			if after {
+				return killed
+			}
+			return nil
+		}, []Fact{{"PIN", "token root has its new PIN, or still the one before: keep both"}}},
+		{"before it was announced", nil, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPINTokens(t)
+			p.cutOff = tc.cutOff
+			d, opts := pinDefinition(t), p.options(t)
+			if tc.cutOff == nil {
+				opts.Now, killed = killAfter(24), errKilled
+			}
+			if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, killed) {
+				t.Fatalf("error %v, want %v", err, killed)
+			}
+			people := &scripted{}
+			opts.Now, opts.People = fixedClock, people
+			if err := Abort(t.Context(), d, opts, "w1", "enough"); err != nil {
+				t.Fatal(err)
+			}
+			if len(people.asked) == 0 || !slices.Equal(people.asked[0].Facts, tc.want) {
+				t.Errorf("asked %+v, want first with facts %v", people.asked, tc.want)
+			}
+		})
+	}
+}
+
 // TestPINSteps: where a PIN is changed, and what the plan says of it.
 func TestPINSteps(t *testing.T) {
 	pinSteps := func(d *Definition) (found []Step) {

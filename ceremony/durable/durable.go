@@ -154,6 +154,19 @@ func MakeFolder(dir string, perm fs.FileMode) error {
 	return SyncFolder(above)
 }
 
+// SyncFile brings a file that somebody else wrote, and the names in its folder,
+// to the medium. It needs no more than to read it.
+func SyncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open file: %w", err)
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("sync file: %w", err)
+	}
+	return SyncFolder(filepath.Dir(path))
+}
+
 // SyncFolder brings the names in the folder dir to the medium.
 func SyncFolder(dir string) error {
 	d, err := os.Open(dir)

@@ -31,6 +31,7 @@ var operations = map[string]func(path string) error{
 	"publish": func(path string) error { return Publish(path, []byte(after), 0o644) },
 	"replace": func(path string) error { return Replace(path, []byte(after), 0o644) },
 	"folder":  func(path string) error { return MakeFolder(path, 0o755) },
+	"sync":    SyncFile,
 }
 
 // The calls of one thread are counted: all of the helper's are the first's.
@@ -101,9 +102,16 @@ func TestOrder(t *testing.T) {
 		{"publish", []string{"unlinkat PARTIAL", "write PARTIAL", "fsync PARTIAL", "linkat PARTIAL", "unlinkat PARTIAL", "fsync FOLDER"}},
 		{"replace", []string{"unlinkat PARTIAL", "write PARTIAL", "fsync PARTIAL", "renameat PARTIAL", "fsync FOLDER"}},
 		{"folder", []string{"mkdirat FILE", "fsync FOLDER"}},
+		{"sync", []string{"fsync FILE", "fsync FOLDER"}},
 	} {
 		t.Run(row.operation, func(t *testing.T) {
-			calls, err := strace(t, row.operation, t.TempDir(), "")
+			dir := t.TempDir()
+			if row.operation == "sync" {
+				if err := os.WriteFile(filepath.Join(dir, fileName), []byte(before), 0o400); err != nil {
+					t.Fatal(err)
+				}
+			}
+			calls, err := strace(t, row.operation, dir, "")
 			if err != nil {
 				t.Fatal(err)
 			}

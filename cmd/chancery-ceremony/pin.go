@@ -94,7 +94,11 @@ func (s *tokenSource) pinOf(ctx context.Context, name string) ([]byte, error) {
 // part by part: nobody else will know it.
 func (s *tokenSource) newPINOf(ctx context.Context, name string) ([]byte, error) {
 	if path, ok := s.newPINFiles[name]; ok {
-		return readPINFile(path)
+		pin, err := readPINFile(path)
+		if err == nil {
+			err = durable.SyncFile(path) // or a power cut leaves a token whose PIN nobody has
+		}
+		return pin, err
 	}
 	return s.inParts(ctx, name, "new PIN of token "+name, s.console.newSecret)
 }
