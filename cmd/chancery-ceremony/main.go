@@ -61,7 +61,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(stderr, "chancery-ceremony: error: %s\n", clean(err.Error()))
+	text := strings.ReplaceAll(clean(err.Error()), context.Canceled.Error(), "interrupted")
+	fmt.Fprintf(stderr, "chancery-ceremony: error: %s\n", text)
 	if hint := hintFor(err); hint != "" {
 		fmt.Fprintf(stderr, "hint: %s\n", clean(hint))
 	}

@@ -243,6 +243,7 @@ func TestProduction(t *testing.T) {
 	certificates(d, 2)
 	d.wait(askedWords)
 	d.interrupt()
+	d.wait(": interrupted\\s")
 	d.wait("nothing is lost; go on with")
 	if status := d.exit(); status != exitFailed {
 		t.Errorf("interrupted: status %d, want %d", status, exitFailed)

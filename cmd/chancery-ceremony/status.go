@@ -106,6 +106,8 @@ ceremony is closed.`,
 			case errors.Is(err, ceremony.ErrUnfinished):
 				c.paragraph("", "Recorded. Other witnesses have not answered yet.")
 				return c.err
+			case errors.Is(err, ceremony.ErrAnswer): // nothing is to be resumed: sign again
+				return err
 			case err != nil:
 				return &interrupted{err: err, out: args[0]}
 			}

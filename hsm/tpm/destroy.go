@@ -44,7 +44,8 @@ func (t *Token) Condemn(_ context.Context, k hsm.Key) (hsm.Condemned, error) {
 //
 // The overwriting reaches the file's own blocks on media that write in place,
 // and no copy: not one that a file system or a flash controller keeps, and not a
-// backup. What is left is useless without this TPM and the authorisation value.
+// backup. A copy, with this TPM and the authorisation value, is the key still; it
+// is useless without any of the two.
 // Who wants to be sure of every copy clears the TPM (TPM2_Clear, Part 3, Section
 // 24.6), which ends all that is under its storage seed.
 //

@@ -56,6 +56,34 @@ func gone(t *testing.T, token *tpm.Token, dir string, c hsm.Condemned, open ...h
 	}
 }
 
+// TestDestroyedFileCopy: what the documents say of a copy of the file is so. It
+// signs again in its TPM.
+func TestDestroyedFileCopy(t *testing.T) {
+	cfg := hsmtest.SWTPM(t).Config(t)
+	token := hsmtest.OpenTPM(t, cfg)
+	key := hsmtest.NewKey(t, token, "condemned", hsm.ECDSAP256)
+	path := filepath.Join(cfg.Dir, "condemned.pem")
+	backup, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := token.Destroy(t.Context(), condemn(t, token, key)); err != nil {
+		t.Fatal(err)
+	}
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, backup, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again := hsmtest.OpenTPM(t, cfg)
+	restored, err := again.Open(t.Context(), key.Ref(), hsm.RoleNone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signs(t, restored)
+}
+
 // TestDestroy: exactly the condemned key ends, with its copies at persistent
 // handles, and nothing else does.
 func TestDestroy(t *testing.T) {
