@@ -250,9 +250,13 @@ func (p *parsed) draft(by ...authority) (*Draft, error) {
 	return d, nil
 }
 
-// Role, Version and Expires say which file it is.
-func (d *Draft) Role() Role         { return d.doc.role }
-func (d *Draft) Version() int64     { return d.doc.version }
+// Role says which of the repository's roles the file is for.
+func (d *Draft) Role() Role { return d.doc.role }
+
+// Version is the file's version, 1 or more.
+func (d *Draft) Version() int64 { return d.doc.version }
+
+// Expires is when clients stop to accept the file, in UTC.
 func (d *Draft) Expires() time.Time { return d.doc.expires }
 
 // Name returns the name of the file in the repository.
