@@ -54,6 +54,9 @@ type Status struct {
 	ID          string      `json:"id"`
 	Kind        Kind        `json:"kind"`
 	Environment Environment `json:"environment"`
+	// Machine is the side of an exchange of bundles that this is, "" if there is
+	// none. The online machine exports first.
+	Machine Machine `json:"machine,omitempty"`
 	// Steps are the plan, of which the first Done are over.
 	Steps   []Step `json:"steps"`
 	Done    int    `json:"done"`
@@ -98,7 +101,7 @@ func ReadStatus(dir string) (Status, error) {
 	}
 	signed, _ := f.signatures()
 	s := Status{
-		ID: def.ID, Kind: def.Kind, Environment: def.Environment, Steps: f.plan, Done: f.next,
+		ID: def.ID, Kind: def.Kind, Environment: def.Environment, Machine: def.side(), Steps: f.plan, Done: f.next,
 		Records: len(records), Head: f.head, Ending: f.status, Quarantined: f.quarantined,
 		Keys: sorted(f.keys), Certificates: sorted(f.certs), Signed: signed, Waiting: []string{},
 		Began: records[0].Time, Last: records[len(records)-1].Time,

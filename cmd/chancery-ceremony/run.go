@@ -251,6 +251,8 @@ func (e *interrupted) hint() string {
 		return fmt.Sprintf("not with this definition; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
 	case errors.Is(e.err, ceremony.ErrCustodians):
 		return fmt.Sprintf("custodians sign the files in %s; then: chancery-ceremony resume %s%s", filepath.Join(e.out, "custodians"), e.out, e.flags())
+	case errors.Is(e.err, ceremony.ErrBundle) && state.Machine == ceremony.Online:
+		return fmt.Sprintf("carry this to the other machine: chancery-ceremony export %s BUNDLE; with its answer: chancery-ceremony import %s BUNDLE%s", e.out, e.out, e.flags())
 	case errors.Is(e.err, ceremony.ErrBundle):
 		return fmt.Sprintf("when the other machine's is here: chancery-ceremony import %s BUNDLE%s", e.out, e.flags())
 	case errors.Is(e.err, ceremony.ErrUnfinished):
