@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/chancery-ca/chancery/ceremony"
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
 // A ceremony that is killed at an fsync, before the kernel has carried it out,
@@ -20,7 +21,7 @@ import (
 // verify. CHANCERY_FAULTS=all kills at every one; without it, at a few.
 func TestKilledAtFsync(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
+		hsmtest.Missing(t, "strace is not installed")
 	}
 	r := newRoom(t, nil)
 	if out, err := r.command("plan", r.def).CombinedOutput(); err != nil {

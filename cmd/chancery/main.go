@@ -118,7 +118,10 @@ type usageError struct {
 	command string
 }
 
+// Error names the command whose help tells more.
 func (e *usageError) Error() string { return fmt.Sprintf("%v (see %s --help)", e.err, e.command) }
+
+// Unwrap returns what is wrong with the command line.
 func (e *usageError) Unwrap() error { return e.err }
 
 // hinted is an error with a sentence on what to do about it.
@@ -127,7 +130,10 @@ type hinted struct {
 	hint string
 }
 
+// Error is the error without the hint.
 func (e *hinted) Error() string { return e.err.Error() }
+
+// Unwrap returns the error that the hint is about.
 func (e *hinted) Unwrap() error { return e.err }
 
 // hint adds advice to err; a nil err stays nil.

@@ -210,7 +210,7 @@ func TestDestroyFiles(t *testing.T) {
 func TestDestroyKilled(t *testing.T) {
 	whole := t // the test, of which each row is a part
 	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
+		hsmtest.Missing(t, "strace is not installed")
 	}
 	e := hsmtest.SWTPM(t)
 	cfg := e.Config(t)

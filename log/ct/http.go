@@ -37,6 +37,7 @@ type failure struct {
 	err    error
 }
 
+// Error is for our log: the sentence for the client and what was behind it.
 func (f *failure) Error() string {
 	if f.err == nil {
 		return f.public
@@ -44,6 +45,7 @@ func (f *failure) Error() string {
 	return f.public + ": " + f.err.Error()
 }
 
+// Unwrap returns what was behind it, or nil.
 func (f *failure) Unwrap() error { return f.err }
 
 func badRequest(format string, args ...any) error {

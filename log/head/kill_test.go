@@ -67,7 +67,7 @@ func TestKilled(t *testing.T) {
 func TestKilledAtSyscall(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		t.Skip("strace is not installed")
+		hsmtest.Missing(t, "strace is not installed")
 	}
 	if out, err := exec.CommandContext(t.Context(), strace, "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("strace may not trace here: %v: %s", err, out)

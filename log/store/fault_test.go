@@ -29,6 +29,8 @@ import (
 	"github.com/transparency-dev/merkle/compact"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"google.golang.org/grpc/codes"
+
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
 // digest reads all of a tree through the public interface and condenses it:
@@ -306,7 +308,7 @@ func TestKill(t *testing.T) {
 func TestSyscallFaults(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		t.Skip("strace is not installed")
+		hsmtest.Missing(t, "strace is not installed")
 	}
 	if out, err := exec.Command(strace, "-qq", "-o", "/dev/null", "/bin/true").CombinedOutput(); err != nil {
 		t.Skipf("strace does not work here: %s", out)

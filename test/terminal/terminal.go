@@ -119,8 +119,10 @@ func (d *Dialogue) Text() string {
 	return escapes.ReplaceAllString(d.screen.String(), "")
 }
 
-// Read is the part of Text that the person has waited for, and Unread the rest.
-func (d *Dialogue) Read() string   { return d.Text()[:d.read] }
+// Read is the part of Text that the person has waited for.
+func (d *Dialogue) Read() string { return d.Text()[:d.read] }
+
+// Unread is the part of Text that nobody has waited for yet.
 func (d *Dialogue) Unread() string { return d.Text()[d.read:] }
 
 // Wait reads on until re matches what has not been read yet, and returns its

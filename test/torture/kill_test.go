@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
 // lane is one log that is tortured again and again.
@@ -86,7 +88,7 @@ func needStrace(t testing.TB) string {
 	t.Helper()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		t.Skip("strace is not installed")
+		hsmtest.Missing(t, "strace is not installed")
 	}
 	if out, err := exec.Command(strace, "-f", "-qq", "-e", "trace=fsync", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("strace may not trace here: %v: %s", err, out)
