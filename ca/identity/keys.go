@@ -172,13 +172,14 @@ func (k *keyring) close() {
 // none it has the keys fetched again, within limits, and looks once more.
 // Errors: ErrToken, ErrUnavailable.
 func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWebKey, error) {
+	seen := k.current.Load()
 	if set, keys := k.lookup(id); len(keys) > 0 {
 		return set, keys, nil
 	}
 	if k.isUnknown(id) {
 		return nil, nil, refuse("key is not the issuer's")
 	}
-	err := k.ask(ctx)
+	err := k.ask(ctx, seen)
 	set, keys := k.lookup(id)
 	switch {
 	case len(keys) > 0:
@@ -194,7 +195,7 @@ func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWe
 // renew says whether there are other keys than old's, or as many fetched anew: it
 // has them fetched if the limits allow.
 func (k *keyring) renew(ctx context.Context, old *snapshot) bool {
-	if k.current.Load() == old && k.ask(ctx) != nil {
+	if k.current.Load() == old && k.ask(ctx, old) != nil {
 		return false
 	}
 	return k.current.Load() != old
@@ -219,10 +220,11 @@ func (k *keyring) lookup(id string) (*snapshot, []jose.JSONWebKey) {
 }
 
 // ask waits for the fetch that is under way, or has one made if the bucket
-// allows, for at most askWait. It is nil when the keys were fetched.
-func (k *keyring) ask(ctx context.Context) error {
-	f, err := k.join()
-	if err != nil {
+// allows, for at most askWait. It is nil when the keys were fetched since the
+// caller saw the snapshot seen.
+func (k *keyring) ask(ctx context.Context, seen *snapshot) error {
+	f, err := k.join(seen)
+	if f == nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, askWait)
@@ -237,12 +239,17 @@ func (k *keyring) ask(ctx context.Context) error {
 	return k.lastErr
 }
 
-func (k *keyring) join() (*flight, error) {
+// join returns the fetch to wait for; none and no error when one has ended since
+// the caller saw the snapshot seen, so that a request that is late for a fetch
+// costs no other.
+func (k *keyring) join(seen *snapshot) (*flight, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
 	case k.closed:
 		return nil, errClosed
+	case k.current.Load() != seen: // finish changes it under mu
+		return nil, nil
 	case k.flight != nil:
 		return k.flight, nil
 	case !k.bucket.Allow():

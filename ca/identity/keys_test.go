@@ -131,6 +131,31 @@ func TestUnknownKeysAreLimited(t *testing.T) {
 	})
 }
 
+// TestLateForTheFetch: a request that looked for its key before a fetch ended,
+// and asks after it, has what the fetch brought and costs no other.
+func TestLateForTheFetch(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		seen := k.current.Load()
+		f.set(nil, 0, "a", "b")
+		if _, _, err := k.find(t.Context(), "b"); err != nil {
+			t.Fatal(err)
+		}
+		if err := k.ask(t.Context(), seen); err != nil {
+			t.Error(err)
+		}
+		if n := f.count.Load(); n != 2 || k.bucket.Tokens() != askBurst-1 {
+			t.Errorf("%d fetches, %v left", n, k.bucket.Tokens())
+		}
+		if err := k.ask(t.Context(), k.current.Load()); err != nil {
+			t.Error(err)
+		}
+		if n := f.count.Load(); n != 3 {
+			t.Errorf("%d fetches after another was asked for", n)
+		}
+	})
+}
+
 func TestNegativeCache(t *testing.T) {
 	f := &fakeIssuer{ids: []string{"a"}}
 	keyringTest(t, f, func(t *testing.T, k *keyring) {
