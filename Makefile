@@ -10,6 +10,7 @@ COSIGN2     := $(BIN)/cosign-$(COSIGN2_V)
 SIGSTORE_PY_V := 4.5.1
 SIGSTORE_PY := $(BIN)/sigstore-python-$(SIGSTORE_PY_V)/bin/sigstore
 SIGSTORE_JS := $(BIN)/sigstore-js/node_modules
+SIGSTORE_JAVA := $(BIN)/sigstore-java
 LINT_V      := v2.15.0
 LINT        := $(BIN)/golangci-lint-$(LINT_V)
 FULCIO_V    := v1.8.8
@@ -66,10 +67,16 @@ $(SIGSTORE_JS):
 	npm install --silent --no-audit --no-fund --prefix $(BIN)/sigstore-js \
 	  @sigstore/sign@5.1.0 @sigstore/verify@4.1.3 @sigstore/bundle@5 @sigstore/protobuf-specs@0.5
 
-test-clients: deps $(COSIGN) $(COSIGN2) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) ## sign and verify with unmodified cosign, sigstore-python and sigstore-js
+$(SIGSTORE_JAVA): test/testdata/sigstore-java/pom.xml
+	rm -rf $@
+	mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(abspath $(BIN))/tmp-java
+	mv $(BIN)/tmp-java $@
+
+test-clients: deps $(COSIGN) $(COSIGN2) $(SIGSTORE_PY) $(if $(shell command -v npm),$(SIGSTORE_JS)) $(if $(shell command -v mvn),$(SIGSTORE_JAVA)) ## sign and verify with unmodified cosign, sigstore-python, -js and -java
 	CHANCERY_REQUIRE_HSM=1 CHANCERY_COSIGN=$(abspath $(COSIGN)) CHANCERY_COSIGN2=$(abspath $(COSIGN2)) CHANCERY_SIGSTORE_PYTHON=$(abspath $(SIGSTORE_PY)) \
 	  CHANCERY_SIGSTORE_JS=$(if $(shell command -v npm),$(abspath $(SIGSTORE_JS))) \
-	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestCeremonyTUF|TestPython|TestJavaScript' -v ./test
+	  CHANCERY_SIGSTORE_JAVA=$(if $(shell command -v mvn),$(abspath $(SIGSTORE_JAVA))) \
+	  $(GO) test -count=1 -timeout 15m -run 'TestCosign|TestCeremonyTUF|TestPython|TestJava' -v ./test
 
 $(LINT):
 	GOBIN=$(abspath $(BIN)/tmp) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_V)
