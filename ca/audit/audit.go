@@ -166,7 +166,7 @@ type Log struct {
 	strangers *rate.Limiter
 	stop      chan struct{} // closed by Close
 	done      chan struct{} // closed when the writer has ended
-	closing   sync.Once
+	closing   func() error  // Close, once
 
 	mu      sync.Mutex
 	omitted uint64 // refused requests that got no record; guarded by mu
@@ -216,6 +216,7 @@ func Open(cfg Config) (*Log, error) {
 		cfg: cfg, queue: make(chan *entry, maxQueue), strangers: rate.NewLimiter(strangerRate, strangerBurst),
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
+	l.closing = sync.OnceValue(l.close)
 	if err := l.w.open(cfg); err != nil {
 		return nil, fmt.Errorf("open audit: %w", err)
 	}
@@ -293,9 +294,11 @@ func (l *Log) enqueue(e *entry) error {
 }
 
 // Close writes what is in the queue, seals, and closes the files. Appending
-// later is ErrUnavailable.
-func (l *Log) Close() error {
-	l.closing.Do(func() { close(l.stop) })
+// later is ErrUnavailable. It may be called again, with the same result.
+func (l *Log) Close() error { return l.closing() }
+
+func (l *Log) close() error {
+	close(l.stop)
 	<-l.done
 	return l.w.close()
 }

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -114,6 +115,31 @@ func TestAppend(t *testing.T) {
 	}
 }
 
+// TestCloseAtOnce: whoever closes, and however many, finds the files closed and
+// every record that was accepted written.
+func TestCloseAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, Config{Dir: dir})
+	var all sync.WaitGroup
+	var written atomic.Int64
+	for range 8 {
+		all.Go(func() {
+			for l.Append(context.Background(), Record{Type: TypeAllowed}) == nil {
+				written.Add(1)
+			}
+		})
+	}
+	appendTo(t, l, 1)
+	for range 4 {
+		all.Go(func() { shut(t, l) })
+	}
+	all.Wait()
+	if n := len(types(t, dir)); int64(n) < written.Load()+2 {
+		t.Errorf("%d records, %d were acknowledged", n-2, written.Load())
+	}
+	shut(t, open(t, Config{Dir: dir})) // nobody holds it
+}
+
 // TestCreate: an audit begins once, and only when it is told to.
 func TestCreate(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "new")
@@ -181,9 +207,11 @@ func TestStrangers(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, Config{Dir: dir})
 	const flood = 10 * strangerBurst
+	start := time.Now()
 	for range flood {
 		l.Refuse(Record{Reason: "no token"}, false)
 	}
+	most := strangerBurst + 1 + int(strangerRate*time.Since(start).Seconds())
 	for range 20 {
 		l.Refuse(Record{Reason: "policy", SAN: "alice@example.com"}, true)
 	}
@@ -202,7 +230,7 @@ func TestStrangers(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if known != 20 || strangers+int(omitted) != flood || strangers > 2*strangerBurst {
+	if known != 20 || strangers+int(omitted) != flood || strangers < strangerBurst || strangers > most {
 		t.Errorf("%d strangers, %d omitted, %d known", strangers, omitted, known)
 	}
 }
@@ -492,7 +520,7 @@ func TestKilled(t *testing.T) {
 	}
 	acknowledged := map[string]bool{}
 	for round := range 12 {
-		cmd := exec.Command(os.Args[0])
+		cmd := exec.CommandContext(t.Context(), os.Args[0])
 		cmd.Env = append(os.Environ(), "CHANCERY_AUDIT_CHILD="+dir)
 		out, err := cmd.StdoutPipe()
 		if err != nil {

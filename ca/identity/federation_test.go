@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -290,6 +291,35 @@ func TestMetaIssuerCosts(t *testing.T) {
 	}
 	if h := v.Health(); len(h) != 1 || h[0].Issuer != base+"/good" || h[0].Pattern != base+"/*" || h[0].Keys != 1 || h[0].Err != nil {
 		t.Errorf("health %+v", h)
+	}
+}
+
+// TestMetaIssuerAfterClose: a token that comes while the verifier is closed, or
+// later, starts nothing.
+func TestMetaIssuerAfterClose(t *testing.T) {
+	base, token, _ := tenants(t)
+	v, err := New(t.Context(), Config{MetaIssuers: map[string]Issuer{base + "/*": {ClientID: "sigstore", Type: "email"}}},
+		Options{Now: atNoon, LoopbackHTTP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for n := range federateBurst - 1 {
+		raw := token(fmt.Sprintf("tenant%d", n))
+		all.Go(func() {
+			if _, err := v.Verify(t.Context(), raw); err != nil && !errors.Is(err, ErrUnavailable) {
+				t.Error(err)
+			}
+		})
+	}
+	v.Close()
+	all.Wait()
+	met := len(v.others.members)
+	if _, err := v.Verify(t.Context(), token("late")); !errors.Is(err, ErrUnavailable) || !errors.Is(err, errClosed) {
+		t.Error(err)
+	}
+	if n := len(v.others.members) - met; n != 0 {
+		t.Errorf("%d issuers after the end", n)
 	}
 }
 

@@ -172,6 +172,7 @@ func New(ctx context.Context, cfg Config, opts Options) (*Verifier, error) {
 // Close ends the background refreshes and waits for them.
 func (v *Verifier) Close() {
 	v.cancel()
+	v.others.close() // it starts what done waits for
 	v.done.Wait()
 }
 

@@ -44,19 +44,22 @@ type snapshot struct {
 	algorithms []string      // what may sign; not empty
 	lifetime   time.Duration // until the next background fetch
 	fetched    time.Time     // with a monotonic reading; set by the keyring
+	number     uint64        // of the fetch that brought it, from 1; set by the keyring
 }
 
 // keyring holds one issuer's keys. One goroutine, run, makes every fetch;
-// requests only read the snapshot, and wait for a fetch when their key id is
-// not in it or no key verifies their token. Everything that tokens can make it do is limited: fetches by
-// bucket, memory by maxUnknown.
+// requests only read the snapshot, and inquire further when their key id is not
+// in it or no key verifies their token. Everything that tokens can make it do is
+// limited: fetches by bucket, memory by maxUnknown.
 type keyring struct {
 	fetch  func(context.Context) (*snapshot, error)
 	idle   func() // called when run ends
 	logger *slog.Logger
 
-	current atomic.Pointer[snapshot]
-	wake    chan struct{} // buffered: somebody asks for a fetch
+	current atomic.Pointer[snapshot] // changes under mu
+	begun   atomic.Uint64            // number of fetches that have begun; changes under mu
+	ended   atomic.Uint64            // and ended, after current was changed; changes under mu
+	wake    chan struct{}            // buffered: somebody asks for a fetch
 	bucket  *rate.Limiter
 
 	mu      sync.Mutex
@@ -67,7 +70,10 @@ type keyring struct {
 }
 
 // flight is one fetch that any number of requests wait for.
-type flight struct{ done chan struct{} }
+type flight struct {
+	done chan struct{}
+	err  error // how it ended; set before done is closed
+}
 
 var (
 	errLimited = errors.New("too many fetches")
@@ -131,6 +137,7 @@ func (k *keyring) fetchOnce(ctx context.Context) (*snapshot, error) {
 func (k *keyring) begin() *flight {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.begun.Add(1)
 	if k.flight == nil {
 		k.flight = &flight{done: make(chan struct{})}
 	}
@@ -141,6 +148,7 @@ func (k *keyring) finish(f *flight, set *snapshot, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err == nil {
+		set.number = k.begun.Load() // there is one fetch at a time
 		k.current.Store(set)
 		for _, key := range set.keys {
 			delete(k.unknown, key.KeyID)
@@ -148,12 +156,14 @@ func (k *keyring) finish(f *flight, set *snapshot, err error) {
 	} else if errors.Is(err, errNoKeys) {
 		k.current.Store(nil)
 	}
+	k.ended.Add(1)
 	k.lastErr = err
 	k.flight = nil
 	select {
-	case <-k.wake: // asked for while this fetch was under way: answered by it
+	case <-k.wake: // asked for before this fetch began: answered by it
 	default:
 	}
+	f.err = err
 	close(f.done)
 }
 
@@ -162,43 +172,105 @@ func (k *keyring) close() {
 	defer k.mu.Unlock()
 	k.closed = true
 	if k.flight != nil {
+		k.flight.err = errClosed
 		close(k.flight.done)
 		k.flight = nil
 	}
 	k.idle()
 }
 
-// find returns the keys with the id, all keys for the empty id. If there is
-// none it has the keys fetched again, within limits, and looks once more.
-// Errors: ErrToken, ErrUnavailable.
-func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWebKey, error) {
-	seen := k.current.Load()
-	if set, keys := k.lookup(id); len(keys) > 0 {
-		return set, keys, nil
-	}
-	if k.isUnknown(id) {
-		return nil, nil, refuse("key is not the issuer's")
-	}
-	err := k.ask(ctx, seen)
-	set, keys := k.lookup(id)
-	switch {
-	case len(keys) > 0:
-		return set, keys, nil
-	case set == nil:
-		return nil, nil, fmt.Errorf("%w: no keys of the issuer", ErrUnavailable)
-	case err == nil:
-		k.remember(id)
-	}
-	return nil, nil, refuse("key is not the issuer's")
+// inquiry is one request's search for the key of its token. The last word is
+// that of a fetch that began after the request had come: an issuer may publish a
+// key when a fetch that is under way has its answer already.
+type inquiry struct {
+	ring  *keyring
+	id    string    // of the key; any key for the empty one
+	begun uint64    // number of fetches that had begun when the request came
+	until time.Time // when it stops waiting; zero while it has not waited
 }
 
-// renew says whether there are other keys than old's, or as many fetched anew: it
-// has them fetched if the limits allow.
-func (k *keyring) renew(ctx context.Context, old *snapshot) bool {
-	if k.current.Load() == old && k.ask(ctx, old) != nil {
-		return false
+func (k *keyring) inquire(id string) inquiry {
+	return inquiry{ring: k, id: id, begun: k.begun.Load()}
+}
+
+// find returns the keys with the id. While there is none it has the keys fetched
+// again, within limits, and looks once more. Errors: ErrToken, ErrUnavailable.
+func (q *inquiry) find(ctx context.Context) (*snapshot, []jose.JSONWebKey, error) {
+	k := q.ring
+	for asked := error(nil); ; {
+		ended := k.ended.Load()
+		set, keys := k.lookup(q.id)
+		switch {
+		case len(keys) > 0:
+			return set, keys, nil
+		case k.isUnknown(q.id):
+			return nil, nil, refuse("key is not the issuer's")
+		case set != nil && q.isLast(set):
+			k.remember(q.id, set)
+			return nil, nil, refuse("key is not the issuer's")
+		case asked != nil && set == nil:
+			return nil, nil, fmt.Errorf("%w: no keys of the issuer", ErrUnavailable)
+		case asked != nil:
+			return nil, nil, refuse("key is not the issuer's")
+		}
+		asked = q.ask(ctx, ended)
 	}
-	return k.current.Load() != old
+}
+
+// renew says whether there are other keys to find than old's, or as many fetched
+// anew: it has them fetched if the limits allow.
+func (q *inquiry) renew(ctx context.Context, old *snapshot) bool {
+	ended := q.ring.ended.Load()
+	return !q.isLast(old) && (q.ring.current.Load() != old || q.ask(ctx, ended) == nil)
+}
+
+// isLast says whether a set was fetched for this request, or later: what it does
+// not have is not the issuer's.
+func (q *inquiry) isLast(set *snapshot) bool { return set.number > q.begun }
+
+// ask waits for the fetch that is under way, or has one made if the bucket
+// allows; the whole inquiry waits for at most askWait. It is nil when keys were
+// fetched since the caller saw how many fetches had ended.
+func (q *inquiry) ask(ctx context.Context, ended uint64) error {
+	f, err := q.ring.join(ended)
+	if f == nil {
+		return err
+	}
+	if q.until.IsZero() {
+		q.until = time.Now().Add(askWait)
+	}
+	ctx, cancel := context.WithDeadline(ctx, q.until)
+	defer cancel()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-f.done:
+		return f.err
+	}
+}
+
+// join returns the fetch to wait for; none when one has ended since the caller
+// saw how many had, and then how, so that a request that is late for a fetch
+// costs no other.
+func (k *keyring) join(ended uint64) (*flight, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.closed:
+		return nil, errClosed
+	case k.ended.Load() != ended:
+		return nil, k.lastErr
+	case k.flight != nil:
+		return k.flight, nil
+	case !k.bucket.Allow():
+		return nil, errLimited
+	}
+	k.flight = &flight{done: make(chan struct{})}
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+	return k.flight, nil
 }
 
 // lookup reads the snapshot; it is nil when there is none that is fresh enough.
@@ -219,50 +291,6 @@ func (k *keyring) lookup(id string) (*snapshot, []jose.JSONWebKey) {
 	return set, keys
 }
 
-// ask waits for the fetch that is under way, or has one made if the bucket
-// allows, for at most askWait. It is nil when the keys were fetched since the
-// caller saw the snapshot seen.
-func (k *keyring) ask(ctx context.Context, seen *snapshot) error {
-	f, err := k.join(seen)
-	if f == nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, askWait)
-	defer cancel()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-f.done:
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.lastErr
-}
-
-// join returns the fetch to wait for; none and no error when one has ended since
-// the caller saw the snapshot seen, so that a request that is late for a fetch
-// costs no other.
-func (k *keyring) join(seen *snapshot) (*flight, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	switch {
-	case k.closed:
-		return nil, errClosed
-	case k.current.Load() != seen: // finish changes it under mu
-		return nil, nil
-	case k.flight != nil:
-		return k.flight, nil
-	case !k.bucket.Allow():
-		return nil, errLimited
-	}
-	k.flight = &flight{done: make(chan struct{})}
-	select {
-	case k.wake <- struct{}{}:
-	default:
-	}
-	return k.flight, nil
-}
-
 func (k *keyring) isUnknown(id string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -270,9 +298,14 @@ func (k *keyring) isUnknown(id string) bool {
 	return ok && time.Now().Before(until)
 }
 
-func (k *keyring) remember(id string) {
+// remember notes that the set has no key with the id, unless another set has come
+// since.
+func (k *keyring) remember(id string, set *snapshot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.current.Load() != set {
+		return
+	}
 	if len(k.unknown) >= maxUnknown {
 		for old, until := range k.unknown {
 			if time.Now().After(until) {

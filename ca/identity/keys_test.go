@@ -3,6 +3,9 @@ package identity
 import (
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -25,6 +28,7 @@ type fakeIssuer struct {
 	ids   []string
 	err   error
 	delay time.Duration
+	key   any // of every id
 	count atomic.Int64
 
 	lifetime time.Duration // 0 is maxRefresh
@@ -33,7 +37,7 @@ type fakeIssuer struct {
 func (f *fakeIssuer) fetch(ctx context.Context) (*snapshot, error) {
 	f.count.Add(1)
 	f.mu.Lock()
-	ids, err, delay := f.ids, f.err, f.delay
+	ids, err, delay, key := f.ids, f.err, f.delay, f.key
 	f.mu.Unlock()
 	select {
 	case <-ctx.Done():
@@ -43,9 +47,9 @@ func (f *fakeIssuer) fetch(ctx context.Context) (*snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	set := &snapshot{algorithms: []string{"RS256"}, lifetime: cmp.Or(f.lifetime, maxRefresh)}
+	set := &snapshot{algorithms: []string{"ES256"}, lifetime: cmp.Or(f.lifetime, maxRefresh)}
 	for _, id := range ids {
-		set.keys = append(set.keys, jose.JSONWebKey{KeyID: id})
+		set.keys = append(set.keys, jose.JSONWebKey{KeyID: id, Key: key})
 	}
 	return set, nil
 }
@@ -54,6 +58,12 @@ func (f *fakeIssuer) set(err error, delay time.Duration, ids ...string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.ids, f.err, f.delay = ids, err, delay
+}
+
+// find is a whole inquiry.
+func (k *keyring) find(ctx context.Context, id string) (*snapshot, []jose.JSONWebKey, error) {
+	q := k.inquire(id)
+	return q.find(ctx)
 }
 
 // keyringTest runs body with a keyring whose goroutine is at work.
@@ -132,26 +142,159 @@ func TestUnknownKeysAreLimited(t *testing.T) {
 }
 
 // TestLateForTheFetch: a request that looked for its key before a fetch ended,
-// and asks after it, has what the fetch brought and costs no other.
+// and asks after it, has what the fetch brought, be it a failure, and costs no
+// other.
 func TestLateForTheFetch(t *testing.T) {
 	f := &fakeIssuer{ids: []string{"a"}}
 	keyringTest(t, f, func(t *testing.T, k *keyring) {
-		seen := k.current.Load()
+		late, ended := k.inquire("b"), k.ended.Load()
 		f.set(nil, 0, "a", "b")
 		if _, _, err := k.find(t.Context(), "b"); err != nil {
 			t.Fatal(err)
 		}
-		if err := k.ask(t.Context(), seen); err != nil {
+		if err := late.ask(t.Context(), ended); err != nil {
 			t.Error(err)
 		}
 		if n := f.count.Load(); n != 2 || k.bucket.Tokens() != askBurst-1 {
 			t.Errorf("%d fetches, %v left", n, k.bucket.Tokens())
 		}
-		if err := k.ask(t.Context(), k.current.Load()); err != nil {
+		late, ended = k.inquire("c"), k.ended.Load()
+		down := errors.New("down")
+		f.set(down, 0)
+		if _, _, err := k.find(t.Context(), "c"); !errors.Is(err, ErrToken) {
+			t.Fatal(err)
+		}
+		if err := late.ask(t.Context(), ended); !errors.Is(err, down) {
 			t.Error(err)
 		}
+		if n := f.count.Load(); n != 3 || k.bucket.Tokens() != 0 {
+			t.Errorf("%d fetches, %v left", n, k.bucket.Tokens())
+		}
+		if err := late.ask(t.Context(), k.ended.Load()); !errors.Is(err, errLimited) {
+			t.Errorf("another was asked for: %v", err)
+		}
+	})
+}
+
+// TestKeyOfALaterFetch: requests that come while a fetch is under way, which has
+// its answer from before the issuer published their key, share another one.
+func TestKeyOfALaterFetch(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(nil, time.Second, "a")
+		time.Sleep(maxRefresh) // the bubble's clock
+		synctest.Wait()        // a fetch has begun
+		f.set(nil, 0, "a", "b")
+		var failed atomic.Int64
+		var all sync.WaitGroup
+		for range 64 {
+			all.Go(func() {
+				if _, _, err := k.find(context.Background(), "b"); err != nil {
+					failed.Add(1)
+				}
+			})
+		}
+		all.Wait()
+		if n := f.count.Load(); failed.Load() != 0 || n != 3 || k.bucket.Tokens() != askBurst-1 {
+			t.Errorf("%d failed, %d fetches, %v left", failed.Load(), n, k.bucket.Tokens())
+		}
+	})
+}
+
+// TestKeyOfNoFetch: what the later fetch does not bring either is unknown; what no
+// later fetch was allowed to look for is not.
+func TestKeyOfNoFetch(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(nil, askWait/4, "a")
+		for n, known := range []bool{true, true, false} { // the third finds the bucket empty
+			time.Sleep(maxRefresh)
+			synctest.Wait()
+			if k.flight == nil || k.bucket.Tokens() < askBurst {
+				t.Fatalf("no fetch under way, %v left", k.bucket.Tokens())
+			}
+			if !known {
+				k.bucket.AllowN(time.Now(), askBurst)
+			}
+			id := "x" + strconv.Itoa(n)
+			if _, _, err := k.find(t.Context(), id); !errors.Is(err, ErrToken) {
+				t.Fatal(err)
+			}
+			if k.isUnknown(id) != known {
+				t.Errorf("%s is remembered: %v", id, !known)
+			}
+		}
+		f.set(nil, 0, "a", "x2")
+		time.Sleep(askEvery)
+		if _, _, err := k.find(t.Context(), "x2"); err != nil {
+			t.Errorf("when the bucket was refilled: %v", err)
+		}
+	})
+}
+
+// TestWholeWaitIsBounded: two slow fetches in a row do not make a request wait
+// for longer than one does.
+func TestWholeWaitIsBounded(t *testing.T) {
+	f := &fakeIssuer{ids: []string{"a"}}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		f.set(nil, askWait*3/4, "a")
+		time.Sleep(maxRefresh)
+		synctest.Wait()
+		f.set(nil, askWait*3/4, "a", "b")
+		start := time.Now()
+		if _, _, err := k.find(t.Context(), "b"); !errors.Is(err, ErrToken) {
+			t.Error(err)
+		}
+		if d := time.Since(start); d != askWait || k.isUnknown("b") {
+			t.Errorf("waited %v, remembered %v", d, k.isUnknown("b"))
+		}
+		if _, _, err := k.find(t.Context(), "b"); err != nil {
+			t.Errorf("the next request: %v", err)
+		}
+	})
+}
+
+// TestReplacedKeyOfALaterFetch: a new key under the id of the one before is found
+// though a fetch was under way that still had the old one, and a forged token
+// costs what an unknown id does.
+func TestReplacedKeyOfALaterFetch(t *testing.T) {
+	const issuer = "https://idp.example"
+	keys := make([]*ecdsa.PrivateKey, 3)
+	tokens := make([]*token, len(keys))
+	for i := range keys {
+		var err error
+		if keys[i], err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+		signer := must(jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: keys[i], KeyID: "k"}}, nil))
+		tokens[i] = must(parseToken(must(must(signer.Sign([]byte(validClaims(issuer)))).CompactSerialize())))
+	}
+	f := &fakeIssuer{ids: []string{"k"}, key: keys[0].Public()}
+	publish := func(key *ecdsa.PrivateKey, delay time.Duration) {
+		f.set(nil, delay, "k")
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.key = key.Public()
+	}
+	keyringTest(t, f, func(t *testing.T, k *keyring) {
+		s := &source{issuer: Issuer{IssuerURL: issuer, ClientID: "sigstore"}, keys: k}
+		publish(keys[0], time.Second)
+		time.Sleep(maxRefresh)
+		synctest.Wait()
+		publish(keys[1], 0)
+		if err := s.verify(t.Context(), tokens[1], noon); err != nil {
+			t.Errorf("the new key: %v", err)
+		}
 		if n := f.count.Load(); n != 3 {
-			t.Errorf("%d fetches after another was asked for", n)
+			t.Errorf("%d fetches, want one more than the one under way", n)
+		}
+		for range 2 * askBurst {
+			if err := s.verify(t.Context(), tokens[2], noon); !errors.Is(err, ErrToken) {
+				t.Errorf("a key that was never published: %v", err)
+			}
+		}
+		if n := f.count.Load(); n != 2+askBurst {
+			t.Errorf("%d fetches after forged tokens", n)
 		}
 	})
 }

@@ -133,6 +133,7 @@ type federation struct {
 
 	mu      sync.Mutex
 	members map[string]*member // by iss; guarded by mu
+	closed  bool               // no more are met; guarded by mu
 }
 
 // member is an issuer that fits a pattern.
@@ -161,12 +162,15 @@ func (f *federation) match(iss string) (pattern, error) {
 }
 
 // open returns the source of an issuer that fits a pattern. Errors:
-// ErrUnavailable when too many new issuers are met.
+// ErrUnavailable when too many new issuers are met, and after close.
 func (f *federation) open(p pattern, iss string) (*source, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if m, ok := f.members[iss]; ok {
 		return m.source, nil
+	}
+	if f.closed {
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, errClosed)
 	}
 	if !f.bucket.Allow() || !f.room(time.Now()) {
 		return nil, fmt.Errorf("%w: too many issuers at once", ErrUnavailable)
@@ -183,6 +187,13 @@ func (f *federation) open(p pattern, iss string) (*source, error) {
 	f.members[iss] = m
 	time.AfterFunc(probation, func() { f.endProbation(iss, m) })
 	return s, nil
+}
+
+// close keeps new issuers from being met.
+func (f *federation) close() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.closed = true
 }
 
 // endProbation forgets an issuer of which no token has verified.

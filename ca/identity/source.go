@@ -81,18 +81,16 @@ func (s *source) principal(t *token) (*Principal, error) {
 // (Jenkins does), or have none. They are then fetched once more, within the limits
 // of unknown ids.
 func (s *source) verify(ctx context.Context, t *token, now time.Time) error {
-	set, keys, err := s.keys.find(ctx, t.keyID)
-	if err != nil {
-		return err
+	q := s.keys.inquire(t.keyID)
+	set, keys, err := q.find(ctx)
+	for err == nil {
+		err = s.verifyWith(ctx, set, keys, t, now)
+		if err == nil || !q.renew(ctx, set) {
+			return err
+		}
+		set, keys, err = q.find(ctx)
 	}
-	err = s.verifyWith(ctx, set, keys, t, now)
-	if err == nil || !s.keys.renew(ctx, set) {
-		return err
-	}
-	if set, keys, err = s.keys.find(ctx, t.keyID); err != nil {
-		return err
-	}
-	return s.verifyWith(ctx, set, keys, t, now)
+	return err
 }
 
 // verifyWith tries keys of a set, and has go-oidc check issuer, audience and times

@@ -87,12 +87,12 @@ func (l *Log) String() string {
 	return l.b.String()
 }
 
-// Until polls for at most ten seconds.
+// Until polls for at most two minutes, which only ends a hang.
 func Until(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); !done(); <-tick.C {
+	for deadline := time.Now().Add(2 * time.Minute); !done(); <-tick.C {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s did not come to pass", what)
 		}
