@@ -75,9 +75,10 @@ func serve(ctx context.Context, cfg *config.Config, logger *slog.Logger) (err er
 	if err != nil {
 		return err
 	}
-	notify(logger, daemon.SdNotifyReady)
-	logger.Info("serving", "url", cfg.URL, "listen", l.Addr().String(), "version", version())
-	err = serveWatched(ctx, s, l, logger)
+	err = serveWatched(ctx, s, l, logger, func() {
+		notify(logger, daemon.SdNotifyReady)
+		logger.Info("serving", "url", cfg.URL, "listen", l.Addr().String(), "version", version())
+	})
 	notify(logger, daemon.SdNotifyStopping)
 	logger.Info("stopping", "err", err)
 	return err
@@ -87,7 +88,8 @@ func serve(ctx context.Context, cfg *config.Config, logger *slog.Logger) (err er
 const watchInterval = 5 * time.Second
 
 // serveWatched serves until ctx ends or a token must not be logged in to again.
-func serveWatched(ctx context.Context, s *service.Service, l net.Listener, logger *slog.Logger) error {
+// It calls up when the service listens.
+func serveWatched(ctx context.Context, s *service.Service, l net.Listener, logger *slog.Logger, up func()) error {
 	interval, feed := watchInterval, func() {}
 	if limit, err := daemon.SdWatchdogEnabled(false); err == nil && limit > 0 {
 		interval, feed = limit/3, func() { notify(logger, daemon.SdNotifyWatchdog) }
@@ -99,7 +101,7 @@ func serveWatched(ctx context.Context, s *service.Service, l net.Listener, logge
 		watched <- s.Watch(ctx, interval, feed)
 		stop()
 	}()
-	err := s.Serve(ctx, l)
+	err := s.Serve(ctx, l, up)
 	stop()
 	return errors.Join(err, <-watched)
 }

@@ -161,24 +161,18 @@ func (d *Demo) listen(fresh bool) (err error) {
 	if address == "" {
 		address = d.saved.Listen
 	}
-	if address == "" {
-		address = "127.0.0.1:0"
-	}
-	if err := loopback(address); err != nil {
+	if d.listener, err = listenAt(address); err != nil {
 		return err
 	}
-	if d.listener, err = net.Listen("tcp", address); err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
-	provider := "127.0.0.1:0"
+	provider := ""
 	if !fresh {
 		if provider, err = hostPort(d.saved.Issuer); err != nil {
 			return err
 		}
 	}
-	l, err := net.Listen("tcp", provider)
+	l, err := listenAt(provider)
 	if err != nil {
-		return fmt.Errorf("listen for the identity provider: %w", err)
+		return fmt.Errorf("identity provider: %w", err)
 	}
 	d.saved.Issuer = "http://" + l.Addr().String()
 	d.saved.Listen = d.listener.Addr().String()
@@ -234,7 +228,7 @@ func (d *Demo) startService(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	go func() { d.done <- d.service.Serve(ctx, l) }()
+	go func() { d.done <- d.service.Serve(ctx, l, func() {}) }()
 	d.opts.Step("service", d.url+"  CA, CT log, Rekor log, TSA", time.Since(began))
 	d.opts.Step("identity", d.saved.Issuer+"  "+Email, 0)
 	return nil

