@@ -115,17 +115,10 @@ func (t *logTree) backup(ctx context.Context, path string) (err error) {
 
 // finishBackup stores what makes the copied rows a tree.
 func (t *logTree) finishBackup(ctx context.Context, c *conn, tp *tip, v *view) error {
-	s, err := t.snapshot(ctx)
-	if err != nil {
-		return err
-	}
-	defer s.Close()
 	var secret []byte
-	err = s.use(func() error {
-		return s.c.query(ctx, "SELECT secret FROM facts", func(cols []driver.Value) error {
-			secret, _ = cols[0].([]byte)
-			return nil
-		})
+	err := t.rows(ctx, "SELECT secret FROM facts", func(cols []driver.Value) error {
+		secret, _ = cols[0].([]byte)
+		return nil
 	})
 	if err != nil {
 		return err
@@ -157,26 +150,19 @@ func (t *logTree) copyRows(ctx context.Context, dst *conn, table, key string, ta
 	for from < to {
 		var rows []row
 		size := 0
-		s, err := t.snapshot(ctx)
-		if err != nil {
-			return err
-		}
-		err = s.use(func() error {
-			return s.c.query(ctx, selectRows, func(cols []driver.Value) error {
-				k, _ := cols[0].(int64)
-				data, err := checked(tag, k, cols[1], cols[2])
-				if err != nil {
-					return err
-				}
-				rows = append(rows, row{k, data, cols[2].(int64)})
-				if size += len(data); size > backupBytes {
-					return errEnough
-				}
-				return nil
-			}, from, to)
-		})
-		err = errors.Join(ignoreEnough(err), s.Close())
-		if err != nil {
+		err := t.rows(ctx, selectRows, func(cols []driver.Value) error {
+			k, _ := cols[0].(int64)
+			data, err := checked(tag, k, cols[1], cols[2])
+			if err != nil {
+				return err
+			}
+			rows = append(rows, row{k, data, cols[2].(int64)})
+			if size += len(data); size > backupBytes {
+				return errEnough
+			}
+			return nil
+		}, from, to)
+		if ignoreEnough(err) != nil {
 			return fmt.Errorf("read %s: %w", table, err)
 		}
 		if len(rows) == 0 || rows[0].key != from {
@@ -202,6 +188,13 @@ func (t *logTree) copyRows(ctx context.Context, dst *conn, table, key string, ta
 		}
 	}
 	return nil
+}
+
+// rows is query in a snapshot of its own.
+func (t *logTree) rows(ctx context.Context, sql string, f func(cols []driver.Value) error, args ...any) error {
+	return t.read(ctx, func(s *snapshot) error {
+		return s.use(func() error { return s.c.query(ctx, sql, f, args...) })
+	})
 }
 
 // checkpoint keeps the write-ahead log of a file that nobody else uses short.

@@ -11,7 +11,8 @@ import (
 // connection and a goroutine of its own. Below Options.WALLimit it only makes
 // passive checkpoints, which never make the writer wait. At the limit, after
 // a passive one has copied nearly everything, it holds the writer back for
-// the little that is left, so that the log starts over and stays bounded.
+// the little that is left, so that the log starts over and stays bounded. At
+// twice the limit it no longer waits for a quiet moment.
 type checkpointer struct {
 	t    *logTree
 	c    *conn
@@ -73,8 +74,8 @@ func (p *checkpointer) checkpoint() error {
 		if err != nil || size < p.t.opts.WALLimit {
 			return err
 		}
-		if p.since.Load() < checkpointStep/4 {
-			break // little came in meanwhile
+		if p.since.Load() < checkpointStep/4 || size >= 2*p.t.opts.WALLimit {
+			break // little came in meanwhile, or too much
 		}
 	}
 	if err := p.t.acquire(context.Background()); err != nil {

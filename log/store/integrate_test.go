@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -165,12 +166,10 @@ func (r *rig) check(n int, distinct func(int) bool) {
 	cr := ref.NewEmptyRange(0)
 	nodes := make(map[compact.NodeID][]byte)
 	for i := 0; i < n; {
-		tx := r.snapshot()
-		leaves, err := tx.GetLeavesByRange(ctx, int64(i), int64(n-i))
+		leaves, err := readRange(ctx, r.s, r.tree, int64(i), int64(n-i))
 		if err != nil {
 			r.Fatalf("GetLeavesByRange(%d): %v", i, err)
 		}
-		tx.Close()
 		for _, l := range leaves {
 			want := testLeaf(i, distinct(i))
 			if l.LeafIndex != int64(i) || !bytes.Equal(l.LeafValue, want.LeafValue) || !bytes.Equal(l.ExtraData, want.ExtraData) ||
@@ -196,25 +195,36 @@ func (r *rig) check(n int, distinct func(int) bool) {
 
 func (r *rig) checkNodes(nodes map[compact.NodeID][]byte) {
 	r.Helper()
-	tx := r.snapshot()
-	defer func() { tx.Close() }()
-	count := 0
-	for id, h := range nodes {
-		if count++; count%512 == 0 {
-			tx.Close()
-			tx = r.snapshot()
-		}
-		if id.Level == 0 && id.Index%7 != 0 {
-			continue
-		}
-		got, err := tx.GetMerkleNodes(context.Background(), []compact.NodeID{id})
-		if err != nil {
-			r.Fatalf("GetMerkleNodes(%v): %v", id, err)
-		}
-		if !bytes.Equal(got[0].Hash, h) {
-			r.Fatalf("node %v: got %x, want %x", id, got[0].Hash, h)
+	ids := make([]compact.NodeID, 0, len(nodes))
+	for id := range nodes {
+		if id.Level > 0 || id.Index%7 == 0 {
+			ids = append(ids, id)
 		}
 	}
+	for some := range slices.Chunk(ids, 512) {
+		for i, h := range r.hashes(some) {
+			if !bytes.Equal(h, nodes[some[i]]) {
+				r.Fatalf("node %v: got %x, want %x", some[i], h, nodes[some[i]])
+			}
+		}
+	}
+}
+
+// hashes reads nodes of the tree.
+func (r *rig) hashes(ids []compact.NodeID) [][]byte {
+	r.Helper()
+	hashes := make([][]byte, len(ids))
+	err := inSnapshot(context.Background(), r.s, r.tree, func(tx storage.ReadOnlyLogTreeTX) error {
+		got, err := tx.GetMerkleNodes(context.Background(), ids)
+		for i := range got {
+			hashes[i] = got[i].Hash
+		}
+		return err
+	})
+	if err != nil {
+		r.Fatalf("GetMerkleNodes: %v", err)
+	}
+	return hashes
 }
 
 func (r *rig) checkTiles(n int, nodes map[compact.NodeID][]byte) {
@@ -303,17 +313,7 @@ func TestProofs(t *testing.T) {
 		roots[uint64(n)] = r.root().RootHash
 	}
 	fetch := func(n proof.Nodes) [][]byte {
-		tx := r.snapshot()
-		defer tx.Close()
-		got, err := tx.GetMerkleNodes(context.Background(), n.IDs)
-		if err != nil {
-			t.Fatalf("GetMerkleNodes: %v", err)
-		}
-		hashes := make([][]byte, len(got))
-		for i := range got {
-			hashes[i] = got[i].Hash
-		}
-		p, err := n.Rehash(hashes, rfc6962.DefaultHasher.HashChildren)
+		p, err := n.Rehash(r.hashes(n.IDs), rfc6962.DefaultHasher.HashChildren)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -456,12 +456,16 @@ func TestGenerations(t *testing.T) {
 			if q[0].Status.GetCode() != int32(codes.AlreadyExists) || q[0].Leaf.LeafIndex != int64(i) {
 				t.Errorf("leaf %d again: %v", i, q[0])
 			}
-			tx := r.snapshot()
-			got, err := tx.GetLeavesByHash(context.Background(), [][]byte{bulkLeaf(i, 8).MerkleLeafHash}, true)
-			if err != nil || len(got) != 1 || got[0].LeafIndex != int64(i) {
-				t.Errorf("GetLeavesByHash(%d): %v, %v", i, got, err)
+			err := inSnapshot(context.Background(), r.s, r.tree, func(tx storage.ReadOnlyLogTreeTX) error {
+				got, err := tx.GetLeavesByHash(context.Background(), [][]byte{bulkLeaf(i, 8).MerkleLeafHash}, true)
+				if err == nil && (len(got) != 1 || got[0].LeafIndex != int64(i)) {
+					err = fmt.Errorf("got %v", got)
+				}
+				return err
+			})
+			if err != nil {
+				t.Errorf("GetLeavesByHash(%d): %v", i, err)
 			}
-			tx.Close()
 		}
 	}
 	verify()

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -187,23 +188,32 @@ func (t *logTree) queueLeaves(ctx context.Context, leaves []*trillian.LogLeaf, a
 }
 
 // lookUp puts the leaves that are stored into result and marks the others as
-// absent in epoch.
+// absent in epoch. On a slow disk many leaves take longer than a snapshot may
+// live: the rest is looked up in another one, which is not older.
 func (t *logTree) lookUp(ctx context.Context, leaves []*candidate, epoch uint64, result []*trillian.QueuedLogLeaf) error {
-	s, err := t.snapshot(ctx)
-	if err != nil {
-		return err
-	}
-	defer s.Close()
-	for _, c := range leaves {
-		l, err := s.leafByIdentity(ctx, c.identity[:])
+	for len(leaves) > 0 {
+		err := t.read(ctx, func(s *snapshot) error {
+			for first := true; len(leaves) > 0; first = false {
+				c := leaves[0]
+				l, err := s.leafByIdentity(ctx, c.identity[:])
+				if !first && errors.Is(err, ErrSnapshotExpired) {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				if l != nil {
+					result[c.pos] = alreadyExists(l)
+				} else {
+					c.absent = epoch + 1
+				}
+				leaves = leaves[1:]
+			}
+			return nil
+		})
 		if err != nil {
 			return err
 		}
-		if l != nil {
-			result[c.pos] = alreadyExists(l)
-			continue
-		}
-		c.absent = epoch + 1
 	}
 	return nil
 }

@@ -35,10 +35,11 @@ type snapshot struct {
 	preordered bool
 	timer      *time.Timer
 
-	mu   sync.Mutex
-	c    *conn            // guarded by mu
-	err  error            // why it ended; guarded by mu
-	runs map[int64][]byte // full runs read so far; guarded by mu
+	mu      sync.Mutex
+	c       *conn            // guarded by mu
+	err     error            // why it ended; guarded by mu
+	refused error            // what a read after the end was told; guarded by mu
+	runs    map[int64][]byte // full runs read so far; guarded by mu
 }
 
 var _ storage.ReadOnlyLogTreeTX = (*snapshot)(nil)
@@ -73,6 +74,26 @@ func (t *logTree) snapshot(ctx context.Context) (*snapshot, error) {
 	s.timer = time.AfterFunc(t.opts.Snapshot, func() { s.end(ErrSnapshotExpired) })
 	s.mu.Unlock()
 	return s, nil
+}
+
+// maxAttempts bounds how often a read is begun whose snapshot expired before it
+// got its turn: on a machine that is short of processors a second can pass
+// between two statements.
+const maxAttempts = 5
+
+// read runs f with a snapshot, and again with another one when that expired.
+func (t *logTree) read(ctx context.Context, f func(*snapshot) error) error {
+	for n := 1; ; n++ {
+		s, err := t.snapshot(ctx)
+		if err != nil {
+			return err
+		}
+		err = f(s)
+		_ = s.Close() // never fails
+		if !errors.Is(err, ErrSnapshotExpired) || n == maxAttempts {
+			return err
+		}
+	}
 }
 
 // pin begins the transaction. The lookup must be of the same state: a table
@@ -117,16 +138,12 @@ func (s *snapshot) end(why error) {
 }
 
 // Commit implements storage.ReadOnlyLogTreeTX. What was read belongs to one
-// state if it returns nil.
+// state; a snapshot that expired is an error only where a read was refused.
 func (s *snapshot) Commit(context.Context) error {
-	s.mu.Lock()
-	ended, err := s.c == nil, s.err
-	s.mu.Unlock()
-	if ended {
-		return err
-	}
 	s.end(nil)
-	return nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.refused
 }
 
 // Close implements storage.ReadOnlyLogTreeTX.
@@ -148,10 +165,10 @@ func (s *snapshot) use(f func() error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.c == nil {
-		if s.err == nil {
-			return status.Error(codes.FailedPrecondition, "transaction is over")
+		if s.refused = s.err; s.err == nil {
+			s.refused = status.Error(codes.FailedPrecondition, "transaction is over")
 		}
-		return s.err
+		return s.refused
 	}
 	return f()
 }
@@ -290,21 +307,19 @@ func (t *logTree) readTile(ctx context.Context, level, index uint64, width int) 
 	if width < 1 || width > tileHashes {
 		return nil, status.Errorf(codes.InvalidArgument, "tile width %d", width)
 	}
-	s, err := t.snapshot(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Close()
 	if level >= levels-1 || index >= 1<<55 {
 		return nil, fmt.Errorf("read tile %d/%d: %w", level, index, ErrNotFound)
 	}
 	start := index * tileHashes
-	if start+uint64(width) > s.tip.size>>(8*level) {
-		return nil, fmt.Errorf("read tile %d/%d: %w", level, index, ErrNotFound)
-	}
-	tile := make([]byte, 0, width*hashSize)
-	err = s.use(func() error {
-		return s.hashes(ctx, int(level), start, uint64(width), func(h []byte) { tile = append(tile, h...) })
+	var tile []byte
+	err := t.read(ctx, func(s *snapshot) error {
+		if start+uint64(width) > s.tip.size>>(8*level) {
+			return fmt.Errorf("read tile %d/%d: %w", level, index, ErrNotFound)
+		}
+		tile = make([]byte, 0, width*hashSize)
+		return s.use(func() error {
+			return s.hashes(ctx, int(level), start, uint64(width), func(h []byte) { tile = append(tile, h...) })
+		})
 	})
 	return tile, err
 }

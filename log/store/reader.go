@@ -189,12 +189,12 @@ func (r *Reader) Entries(ctx context.Context, treeID int64, start, count uint64)
 	if err != nil {
 		return nil, err
 	}
-	snap, err := t.snapshot(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer snap.Close()
-	return snap.GetLeavesByRange(ctx, int64(start), int64(count))
+	var leaves []*trillian.LogLeaf
+	err = t.read(ctx, func(s *snapshot) (err error) {
+		leaves, err = s.GetLeavesByRange(ctx, int64(start), int64(count))
+		return err
+	})
+	return leaves, err
 }
 
 // Backup is Store.Backup: it copies the trees while another process writes.
@@ -235,27 +235,21 @@ func (r *Reader) Check(ctx context.Context, treeID int64) error {
 func (t *logTree) checkTable(ctx context.Context, query string, tag byte) error {
 	last, more := int64(-1), true
 	for more {
-		s, err := t.snapshot(ctx)
-		if err != nil {
-			return err
-		}
 		more = false
 		size := 0
-		err = s.use(func() error {
-			return s.c.query(ctx, query, func(cols []driver.Value) error {
-				key, _ := cols[0].(int64)
-				data, err := checked(tag, key, cols[1], cols[2])
-				if err != nil {
-					return err
-				}
-				last, more = key, true
-				if size += len(data); size > backupBytes {
-					return errEnough
-				}
-				return nil
-			}, last)
-		})
-		if err = errors.Join(ignoreEnough(err), s.Close()); err != nil {
+		err := t.rows(ctx, query, func(cols []driver.Value) error {
+			key, _ := cols[0].(int64)
+			data, err := checked(tag, key, cols[1], cols[2])
+			if err != nil {
+				return err
+			}
+			last, more = key, true
+			if size += len(data); size > backupBytes {
+				return errEnough
+			}
+			return nil
+		}, last)
+		if ignoreEnough(err) != nil {
 			return err
 		}
 	}

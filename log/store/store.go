@@ -269,12 +269,12 @@ func (s *Store) LeafByIdentity(ctx context.Context, treeID int64, identity []byt
 	if !t.maybeStored(identity) {
 		return nil, nil
 	}
-	snap, err := t.snapshot(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer snap.Close()
-	return snap.leafByIdentity(ctx, identity)
+	var leaf *trillian.LogLeaf
+	err = t.read(ctx, func(s *snapshot) (err error) {
+		leaf, err = s.leafByIdentity(ctx, identity)
+		return err
+	})
+	return leaf, err
 }
 
 // CheckDatabaseAccessible returns nil unless the store is closed or a tree has

@@ -98,6 +98,19 @@ func (tx *logTX) reader(ctx context.Context) (*snapshot, error) {
 	return s, nil
 }
 
+// read runs f with the reader, and again with another one when it expired.
+func (tx *logTX) read(ctx context.Context, f func(*snapshot) error) error {
+	for n := 1; ; n++ {
+		s, err := tx.reader(ctx)
+		if err != nil {
+			return err
+		}
+		if err = f(s); !errors.Is(err, ErrSnapshotExpired) || n == maxAttempts {
+			return err
+		}
+	}
+}
+
 // GetMerkleNodes implements storage.ReadOnlyLogTreeTX.
 func (tx *logTX) GetMerkleNodes(ctx context.Context, ids []compact.NodeID) ([]stree.Node, error) {
 	if tx.over {
@@ -112,29 +125,29 @@ func (tx *logTX) GetMerkleNodes(ctx context.Context, ids []compact.NodeID) ([]st
 	if len(nodes) == len(ids) {
 		return nodes, nil
 	}
-	s, err := tx.reader(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.GetMerkleNodes(ctx, ids)
+	err := tx.read(ctx, func(s *snapshot) (err error) {
+		nodes, err = s.GetMerkleNodes(ctx, ids)
+		return err
+	})
+	return nodes, err
 }
 
 // GetLeavesByRange implements storage.ReadOnlyLogTreeTX.
-func (tx *logTX) GetLeavesByRange(ctx context.Context, start, count int64) ([]*trillian.LogLeaf, error) {
-	s, err := tx.reader(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.GetLeavesByRange(ctx, start, count)
+func (tx *logTX) GetLeavesByRange(ctx context.Context, start, count int64) (leaves []*trillian.LogLeaf, err error) {
+	err = tx.read(ctx, func(s *snapshot) (err error) {
+		leaves, err = s.GetLeavesByRange(ctx, start, count)
+		return err
+	})
+	return leaves, err
 }
 
 // GetLeavesByHash implements storage.ReadOnlyLogTreeTX.
-func (tx *logTX) GetLeavesByHash(ctx context.Context, hashes [][]byte, orderBySequence bool) ([]*trillian.LogLeaf, error) {
-	s, err := tx.reader(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.GetLeavesByHash(ctx, hashes, orderBySequence)
+func (tx *logTX) GetLeavesByHash(ctx context.Context, hashes [][]byte, orderBySequence bool) (leaves []*trillian.LogLeaf, err error) {
+	err = tx.read(ctx, func(s *snapshot) (err error) {
+		leaves, err = s.GetLeavesByHash(ctx, hashes, orderBySequence)
+		return err
+	})
+	return leaves, err
 }
 
 // LatestSignedLogRoot implements storage.ReadOnlyLogTreeTX.
@@ -213,12 +226,10 @@ func (tx *logTX) setHash(ctx context.Context, level int, i uint64, h []byte) err
 	}
 	stored := g.at(i)
 	if stored == nil {
-		s, err := tx.reader(ctx)
-		if err != nil {
-			return err
-		}
-		err = s.use(func() error {
-			return s.hashes(ctx, level, i, 1, func(h []byte) { stored = h })
+		err := tx.read(ctx, func(s *snapshot) error {
+			return s.use(func() error {
+				return s.hashes(ctx, level, i, 1, func(h []byte) { stored = h })
+			})
 		})
 		if err != nil {
 			return err

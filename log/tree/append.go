@@ -219,6 +219,17 @@ func (t *logTree) enter() (done func(), err error) {
 	return t.readers.Done, nil
 }
 
+// unread returns a channel that is closed when nobody reads any more. No reader
+// enters after drain.
+func (t *logTree) unread() <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		t.readers.Wait()
+		close(done)
+	}()
+	return done
+}
+
 const firstBackoff = 50 * time.Millisecond
 
 // integrate is the tree's one writer: it takes what has gathered, makes it

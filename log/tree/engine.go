@@ -310,10 +310,9 @@ func (e *Engine) Close(ctx context.Context) error {
 		t.drain()
 	}
 	for name, t := range e.trees {
-		if !stopped(ctx, t.stopped) {
+		if !stopped(ctx, t.stopped) || !stopped(ctx, t.unread()) {
 			return fmt.Errorf("close log %s: storage hangs: %w", name, context.Cause(ctx))
 		}
-		t.readers.Wait()
 	}
 	e.cancel()
 	if e.backend.Close == nil {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/trillian"
 	"github.com/google/trillian/storage"
+
+	"github.com/chancery-ca/chancery/log/store"
 )
 
 // faultyStorage is the real storage with faults on command.
@@ -27,6 +29,10 @@ type faultyStorage struct {
 	mutate func([]*trillian.LogLeaf)
 	// flip changes the octets of tiles that are read.
 	flip func(level, index uint64, raw []byte)
+	// hold, if not nil, is received from before a tile is read.
+	hold chan struct{}
+	// expired is how many of the next snapshots expire before they are read.
+	expired int
 	// gate, if not nil, is received from before each batch.
 	gate   chan struct{}
 	held   int // batches that came to the gate
@@ -129,7 +135,34 @@ func (tx *mutatingTX) DequeueLeaves(ctx context.Context, limit int, cutoff time.
 	return leaves, err
 }
 
+func (s *faultyStorage) SnapshotForTree(ctx context.Context, tree *trillian.Tree) (storage.ReadOnlyLogTreeTX, error) {
+	tx, err := s.LogStorage.SnapshotForTree(ctx, tree)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.expired--; err == nil && s.expired >= 0 {
+		tx = expiredTX{tx}
+	}
+	return tx, err
+}
+
+// expiredTX is a snapshot whose time is over.
+type expiredTX struct{ storage.ReadOnlyLogTreeTX }
+
+func (expiredTX) GetLeavesByRange(context.Context, int64, int64) ([]*trillian.LogLeaf, error) {
+	return nil, store.ErrSnapshotExpired
+}
+
+func (expiredTX) GetLeavesByHash(context.Context, [][]byte, bool) ([]*trillian.LogLeaf, error) {
+	return nil, store.ErrSnapshotExpired
+}
+
 func (s *faultyStorage) ReadTile(ctx context.Context, treeID int64, level, index uint64, width int) ([]byte, error) {
+	s.mu.Lock()
+	hold := s.hold
+	s.mu.Unlock()
+	if hold != nil {
+		<-hold
+	}
 	raw, err := s.tiles.ReadTile(ctx, treeID, level, index, width)
 	s.mu.Lock()
 	defer s.mu.Unlock()

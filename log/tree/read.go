@@ -2,11 +2,14 @@ package tree
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/google/trillian"
 	"github.com/google/trillian/storage"
 	"github.com/transparency-dev/merkle/compact"
+
+	"github.com/chancery-ca/chancery/log/store"
 )
 
 // maxEntries bounds what one call of Entries returns.
@@ -91,13 +94,26 @@ func (t *logTree) leavesByHash(ctx context.Context, h Hash) (leaves []*trillian.
 	return leaves, err
 }
 
-// snapshot runs f in a read-only transaction.
+// maxAttempts bounds how often a read is begun whose snapshot expired before it
+// got its turn, which a machine that is short of processors can do to it.
+const maxAttempts = 5
+
+// snapshot runs f in a read-only transaction, and again in another one when that
+// expired.
 func (t *logTree) snapshot(ctx context.Context, f func(storage.ReadOnlyLogTreeTX) error) error {
 	done, err := t.enter()
 	if err != nil {
 		return err
 	}
 	defer done()
+	for n := 1; ; n++ {
+		if err := t.inSnapshot(ctx, f); !errors.Is(err, store.ErrSnapshotExpired) || n == maxAttempts {
+			return err
+		}
+	}
+}
+
+func (t *logTree) inSnapshot(ctx context.Context, f func(storage.ReadOnlyLogTreeTX) error) error {
 	tx, err := t.backend.Log.SnapshotForTree(ctx, t.meta)
 	if tx != nil {
 		defer func() { _ = tx.Close() }()
