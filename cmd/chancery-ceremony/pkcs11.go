@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
 	"github.com/chancery-ca/chancery/ceremony"
@@ -68,12 +67,10 @@ func (s *softTokens) make(dir, label string, soPIN, pin []byte) (module string, 
 		dir = real
 	}
 	if s.home == nil {
-		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		if s.home, err = softhsm.Open(dir); errors.Is(err, fs.ErrNotExist) {
 			s.home, err = softhsm.Create(dir)
-			if err != nil {
-				return "", err
-			}
-		} else if s.home, err = softhsm.Open(dir); err != nil {
+		}
+		if err != nil {
 			return "", err
 		}
 	}

@@ -11,13 +11,20 @@
 package softhsm
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"time"
 
+	"github.com/gofrs/flock"
+
+	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/pkcs11"
 )
 
@@ -121,20 +128,23 @@ func newHome(dir string) (*Home, error) {
 	return &Home{dir: dir, module: module}, nil
 }
 
-// write makes the directories and the configuration, and overwrites nothing.
+// write makes the directories and the configuration, and overwrites nothing. The
+// configuration is there when all is: what a kill leaves before it is no home yet,
+// and is gone on with.
 func (h *Home) write() error {
-	if err := os.MkdirAll(h.dir, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(h.dir, tokensName), 0o700); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(h.dir, tokensName), 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(h.conf(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	partial := filepath.Join(h.dir, ".partial-"+confName)
+	f, err := os.OpenFile(partial, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.WriteString(h.confText())
-	return errors.Join(err, f.Sync(), f.Close())
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Link(partial, h.conf())
+	}
+	return errors.Join(err, os.Remove(partial))
 }
 
 func (h *Home) conf() string { return filepath.Join(h.dir, confName) }
@@ -171,7 +181,101 @@ func (h *Home) Dir() string { return h.dir }
 func (h *Home) Module() string { return h.module }
 
 // InitToken makes a new token with this label (1 to 32 octets). A label that
-// exists is hsm.ErrExists. SoftHSM wants PINs of 4 to 255 octets.
+// exists is hsm.ErrExists. SoftHSM wants PINs of 4 to 255 octets. What a kill in
+// the middle of it leaves, the next call removes.
 func (h *Home) InitToken(label string, soPIN, pin []byte) error {
-	return pkcs11.InitToken(h.module, label, soPIN, pin)
+	unlock, err := h.lock()
+	if err != nil {
+		return fmt.Errorf("make token %s: %w", label, err)
+	}
+	defer unlock()
+	if err := errors.Join(h.sweep(), h.note()); err != nil {
+		return fmt.Errorf("make token %s: %w", label, err)
+	}
+	err = pkcs11.InitToken(h.module, label, soPIN, pin)
+	if err != nil && !errors.Is(err, hsm.ErrExists) {
+		err = errors.Join(err, h.sweep())
+	}
+	return errors.Join(err, h.forget())
+}
+
+const (
+	lockName = ".lock"
+	// makingName is the file that is there while a token is being made. It lists
+	// the folders of those that were there before, a line each.
+	makingName = ".making"
+	// maxMaking bounds the wait for another process that makes a token here.
+	maxMaking = time.Minute
+	lockPoll  = 10 * time.Millisecond
+)
+
+// lock keeps other makers of tokens out of the home, in any process.
+func (h *Home) lock() (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), maxMaking)
+	defer cancel()
+	l := flock.New(filepath.Join(h.dir, lockName), flock.SetPermissions(0o600))
+	if _, err := l.TryLockContext(ctx, lockPoll); err != nil {
+		return nil, fmt.Errorf("lock SoftHSM home: %w", err)
+	}
+	return func() { _ = l.Close() }, nil
+}
+
+// note writes down which tokens are whole.
+func (h *Home) note() error {
+	entries, err := os.ReadDir(filepath.Join(h.dir, tokensName))
+	if err != nil {
+		return err
+	}
+	text := ""
+	for _, e := range entries {
+		text += e.Name() + "\n"
+	}
+	partial := filepath.Join(h.dir, makingName+".partial")
+	if err := os.WriteFile(partial, []byte(text), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(partial, filepath.Join(h.dir, makingName))
+}
+
+// forget says that all tokens are whole; a power cut does not unsay it.
+func (h *Home) forget() error {
+	if err := os.Remove(filepath.Join(h.dir, makingName)); err != nil {
+		return err
+	}
+	folder, err := os.Open(h.dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
+}
+
+// sweep removes the token that was being made when its maker ended. One that has
+// an object is not such a one.
+func (h *Home) sweep() error {
+	text, err := os.ReadFile(filepath.Join(h.dir, makingName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	whole := strings.Split(string(text), "\n")
+	entries, err := os.ReadDir(filepath.Join(h.dir, tokensName))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		folder := filepath.Join(h.dir, tokensName, e.Name())
+		objects, err := filepath.Glob(filepath.Join(folder, "*.object"))
+		if err != nil {
+			return err
+		}
+		if slices.Contains(whole, e.Name()) || len(objects) > 1 {
+			continue
+		}
+		if err := os.RemoveAll(folder); err != nil {
+			return err
+		}
+	}
+	return nil
 }
