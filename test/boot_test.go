@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 const probeUnit = `[Unit]
@@ -65,7 +64,7 @@ func TestSystemdBoot(t *testing.T) {
 	put("etc/systemd/system/default.target", "[Unit]\nRequires=probe.service basic.target\nAfter=basic.target\n", 0o644)
 	put("etc/chancery/chancery.yaml", bootConfig, 0o644)
 
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*hang)
 	defer cancel()
 	var console bytes.Buffer
 	cmd := exec.CommandContext(ctx, nspawn, "--boot", "--register=no", "--keep-unit", "--private-network", "--quiet", "--directory", root)
@@ -77,7 +76,7 @@ func TestSystemdBoot(t *testing.T) {
 	}
 	for _, want := range []string{
 		"init 0", "start 0", `readyz {"status":"SERVING"}`, "user chancery", "pin in environment 0",
-		`after a kill {"status":"SERVING"}`, "stop success", "wrong PIN 77 restarts 0",
+		`after a kill {"status":"SERVING"}`, "stop success", "wrong PIN 77 failed restarts 0",
 	} {
 		if !strings.Contains(string(raw), "\nCHECK "+want+"\n") {
 			t.Errorf("missing: CHECK %s", want)

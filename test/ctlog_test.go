@@ -16,7 +16,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/google/certificate-transparency-go/ctutil"
@@ -189,14 +188,10 @@ func TestLogElsewhere(t *testing.T) {
 
 	t.Run("log away and back", func(t *testing.T) {
 		stopLog()
-		began := time.Now()
 		if _, _, body := branch.certificate(t, idp, http.StatusServiceUnavailable); !strings.Contains(body, "try again") {
 			t.Errorf("answer %s", body)
 		}
 		branch.get("/readyz", http.StatusServiceUnavailable)
-		if took := time.Since(began); took > 15*time.Second {
-			t.Errorf("the refusal took %v", took)
-		}
 		log.serve()
 		leaf, issuers, _ := branch.certificate(t, idp, http.StatusOK)
 		checkCT(t, log.demo, leaf, issuers)

@@ -10,7 +10,9 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -60,6 +62,10 @@ var binary = func() func(t testing.TB, name string) string {
 		return path
 	}
 }()
+
+// hang is after how long something that was to come is said not to come. It ends
+// a test that would wait for ever; it measures nothing.
+const hang = 5 * time.Minute
 
 // scratch is a folder for the whole test run.
 var scratch string
@@ -133,8 +139,8 @@ func startDemoOf(t testing.TB, program, dir string, args ...string) *demo {
 		if !ok {
 			t.Fatalf("the demo ended early:\n%s", d.log)
 		}
-	case <-time.After(2 * time.Minute):
-		t.Fatalf("the demo was not ready after two minutes:\n%s", d.log)
+	case <-time.After(hang):
+		t.Fatalf("the demo was not ready after %v:\n%s", hang, d.log)
 	}
 	d.connect()
 	return d
@@ -148,7 +154,7 @@ func (d *demo) connect() {
 		d.t.Fatal(err)
 	}
 	d.issuer, d.url = state.Issuer, "https://"+state.Listen
-	d.http = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
+	d.http = &http.Client{Timeout: hang, Transport: &http.Transport{
 		TLSClientConfig: d.tlsConfig(), ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 256,
 	}}
 }
@@ -171,8 +177,8 @@ func (d *demo) stop() {
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		d.t.Errorf("stop demo: %v", err)
 	}
-	timer := time.AfterFunc(30*time.Second, func() {
-		d.t.Errorf("the demo did not stop within 30 s")
+	timer := time.AfterFunc(hang, func() {
+		d.t.Errorf("the demo did not stop within %v", hang)
 		_ = cmd.Process.Signal(syscall.SIGABRT) // shows where it hangs
 	})
 	defer timer.Stop()
@@ -284,7 +290,7 @@ type result struct {
 // command runs a program to its end and returns how it ended.
 func command(t testing.TB, env []string, name string, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), hang)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(os.Environ(), env...)
@@ -308,15 +314,21 @@ func must(t testing.TB, env []string, name string, args ...string) string {
 	return r.stdout
 }
 
-// freePort returns a loopback address that was free a moment ago.
+// freePort returns a loopback address that was free a moment ago. Its port is
+// below those that the system gives to whoever asks for any, so that nobody
+// takes it meanwhile, but for one who chooses the same of 20,000.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, last = 10240, 32767
+	for {
+		address := fmt.Sprintf("127.0.0.1:%d", first+rand.IntN(last-first+1))
+		if l, err := net.Listen("tcp", address); err == nil {
+			_ = l.Close()
+			return address
+		} else if !errors.Is(err, syscall.EADDRINUSE) {
+			t.Fatal(err)
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // syncBuffer is a bytes.Buffer for several goroutines.
@@ -347,17 +359,17 @@ func softHSMPath(t testing.TB) string {
 	return path
 }
 
-// eventually polls until done says so, for at most a minute.
+// eventually polls until done says so, for at most hang.
 func eventually(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(time.Minute)
+	deadline := time.NewTimer(hang)
 	defer deadline.Stop()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for !done() {
 		select {
 		case <-deadline.C:
-			t.Fatalf("%s did not come within a minute", what)
+			t.Fatalf("%s did not come within %v", what, hang)
 		case <-tick.C:
 		}
 	}

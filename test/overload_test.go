@@ -14,21 +14,25 @@ import (
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
-// TestOverload: offered four times what its token can sign, the service issues
-// as many certificates as before, and tells the others at once when to come
-// again.
+// TestOverload: offered far more than its token can sign, the service refuses the
+// rest, tells it when to come again, and spends no signature on it. How many
+// certificates come of it and how soon the others are told is a matter of the
+// machine and its other work: BenchmarkOverload measures it, and TestAdmission in
+// ca/server holds it without a machine.
 func TestOverload(t *testing.T) {
 	got := overload(t, 120, 3*time.Second)
 	t.Log(got)
-	if got.goodput < 0.9*got.capacity {
-		t.Errorf("%.1f certificates/s at four times the capacity of %.1f/s, want 90 %%", got.goodput, got.capacity)
+	if len(got.refusals) == 0 || len(got.waits) == 0 {
+		t.Fatal("nothing was refused, or nothing issued")
 	}
-	if len(got.refusals) == 0 {
-		t.Fatal("nothing was refused")
+	// A certificate is three signatures; a head is made once a second.
+	needed := 3*len(got.waits) + int(got.took/time.Second) + 5
+	if got.signatures > needed+needed/10 {
+		t.Errorf("%d signatures for %d certificates in %s: some were for nothing", got.signatures, len(got.waits), got.took)
 	}
-	// The median, because the machine of a test may be busy with others.
-	if median := got.refusals[len(got.refusals)/2]; median > 50*time.Millisecond {
-		t.Errorf("half of the refusals took more than %s", median)
+	// Both are answered by the same machine, and the token takes its time over one.
+	if refused, issued := halfWay(got.refusals), halfWay(got.waits); refused > issued {
+		t.Errorf("half of the refusals took more than %s, half of the certificates no more than %s", refused, issued)
 	}
 }
 
@@ -42,7 +46,7 @@ func BenchmarkOverload(b *testing.B) {
 	b.ReportMetric(got.goodput, "goodput-per-s")
 	b.ReportMetric(100*got.goodput/got.capacity, "goodput%")
 	if n := len(got.refusals); n > 0 {
-		b.ReportMetric(float64(got.refusals[n/2].Microseconds()), "refused-p50-us")
+		b.ReportMetric(float64(halfWay(got.refusals).Microseconds()), "refused-p50-us")
 		b.ReportMetric(float64(got.refusals[n*99/100].Microseconds()), "refused-p99-us")
 	}
 }
@@ -50,8 +54,13 @@ func BenchmarkOverload(b *testing.B) {
 // pressure is what came of an overload.
 type pressure struct {
 	capacity, goodput float64         // certificates a second
-	refusals          []time.Duration // how long each took, in order
+	refusals, waits   []time.Duration // how long each refusal and each certificate took, in order
+	signatures        int             // of the token, for what was offered in took
+	took              time.Duration
 }
+
+// halfWay is the median of what is in order.
+func halfWay(times []time.Duration) time.Duration { return times[len(times)/2] }
 
 func (p pressure) String() string {
 	n := len(p.refusals)
@@ -59,13 +68,14 @@ func (p pressure) String() string {
 		return fmt.Sprintf("capacity %.1f/s, goodput %.1f/s, no refusals", p.capacity, p.goodput)
 	}
 	return fmt.Sprintf("capacity %.1f/s, goodput %.1f/s, %d refused, in %s (median) and %s (99 %%)",
-		p.capacity, p.goodput, n, p.refusals[n/2], p.refusals[n*99/100])
+		p.capacity, p.goodput, n, halfWay(p.refusals), p.refusals[n*99/100])
 }
 
 // overload measures the capacity of a service whose token takes 100 ms for a
 // signature, 16 at a time, with two clients for each session, by so many
 // certificates; then it offers four times that, for so long (0: as long as the
-// first part took).
+// first part took), and, while nothing is refused, twice as much again: the
+// machine may have been slower at first.
 func overload(t testing.TB, certificates int, during time.Duration) (p pressure) {
 	t.Helper()
 	needSoftHSM(t)
@@ -75,7 +85,7 @@ func overload(t testing.TB, certificates int, during time.Duration) (p pressure)
 	body := signingRequest(t, freshKey(t), d.token(map[string]any{"exp": time.Now().Add(time.Hour).Unix()}), user)
 	clients := make([]*http.Client, 16)
 	for i := range clients {
-		clients[i] = &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: d.tlsConfig(), ForceAttemptHTTP2: true}}
+		clients[i] = &http.Client{Timeout: hang, Transport: &http.Transport{TLSClientConfig: d.tlsConfig(), ForceAttemptHTTP2: true}}
 		defer clients[i].CloseIdleConnections()
 	}
 	var mu sync.Mutex
@@ -92,7 +102,7 @@ func overload(t testing.TB, certificates int, during time.Duration) (p pressure)
 		case retry:
 			p.refusals = append(p.refusals, took)
 		default:
-			issued = append(issued, time.Now())
+			issued, p.waits = append(issued, time.Now()), append(p.waits, took)
 		}
 		return nil
 	}
@@ -102,31 +112,46 @@ func overload(t testing.TB, certificates int, during time.Duration) (p pressure)
 	if during == 0 {
 		during = time.Since(began)
 	}
-	issued, p.refusals = nil, nil
+	issued, p.refusals, p.waits = nil, nil, nil
 	if p.capacity == 0 {
 		t.Fatal("no certificates")
 	}
+	signs := shim.Signs()
+	began = time.Now()
+	refused := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(p.refusals) > 0
+	}
+	for times := 4.0; times <= 64 && !refused(); times *= 2 {
+		offer(time.Duration(float64(time.Second)/p.capacity/times), during, func(i int64) {
+			if err := ask(i); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	p.signatures, p.took = shim.Signs()-signs, time.Since(began)
+	p.goodput = pace(issued)
+	slices.Sort(p.refusals)
+	slices.Sort(p.waits)
+	return p
+}
+
+// offer begins do at every interval, and returns when all of them are done.
+func offer(interval, during time.Duration, do func(i int64)) {
 	var wg sync.WaitGroup
-	tick := time.NewTicker(time.Duration(float64(time.Second) / p.capacity / 4))
+	defer wg.Wait()
+	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	end := time.After(during)
 	for i := int64(0); ; i++ {
 		select {
 		case <-tick.C:
-			wg.Go(func() {
-				if err := ask(i); err != nil {
-					t.Error(err)
-				}
-			})
-			continue
+			wg.Go(func() { do(i) })
 		case <-end:
+			return
 		}
-		break
 	}
-	wg.Wait()
-	p.goodput = pace(issued)
-	slices.Sort(p.refusals)
-	return p
 }
 
 // pace is how many a second there were, without the first and the last tenth.

@@ -71,8 +71,8 @@ func TestServe(t *testing.T) {
 }
 
 // serveConfig makes a configuration for serve from a demo's: an issuer on
-// https, the PIN as a credential, a short deadline for the token.
-func serveConfig(t *testing.T, dir string) string {
+// https, the PIN as a credential, and more lines for the token.
+func serveConfig(t *testing.T, dir string, token ...string) string {
 	t.Helper()
 	var state struct{ Issuer string }
 	if err := json.Unmarshal(mustRead(t, filepath.Join(dir, "demo.json")), &state); err != nil {
@@ -83,7 +83,7 @@ func serveConfig(t *testing.T, dir string) string {
 	if !bytes.Contains(config, []byte(pin)) {
 		t.Fatalf("the demo's configuration does not contain %q:\n%s", pin, config)
 	}
-	config = bytes.Replace(config, []byte(pin), []byte("pin: credential:online\n    deadline: 2s"), 1)
+	config = bytes.Replace(config, []byte(pin), []byte(strings.Join(append([]string{"pin: credential:online"}, token...), "\n    ")), 1)
 	config = append(config, "operator: "+freePort(t)+"\n"...)
 	path := filepath.Join(t.TempDir(), "chancery.yaml")
 	if err := os.WriteFile(path, config, 0o600); err != nil {
@@ -115,7 +115,7 @@ func TestServeWithoutToken(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "demo")
 	must(t, nil, binary(t, "chancery"), "demo", "--once", "--dir", dir)
 	useModule(t, dir, shim.Module)
-	config := serveConfig(t, dir)
+	config := serveConfig(t, dir, "deadline: 5s") // of which the first test waits for one
 	timestamp := func(d *demo) {
 		resp, err := d.http.Post(d.url+"/api/v1/timestamp", "application/json",
 			strings.NewReader(`{"artifactHash":"47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=","hashAlgorithm":"sha256"}`))
@@ -205,7 +205,7 @@ func listenNotify(t *testing.T) *notify {
 // await takes notifications until state comes.
 func (n *notify) await(t *testing.T, state string) {
 	t.Helper()
-	limit := time.After(time.Minute)
+	limit := time.After(hang)
 	for {
 		select {
 		case got := <-n.states:
@@ -213,7 +213,7 @@ func (n *notify) await(t *testing.T, state string) {
 				return
 			}
 		case <-limit:
-			t.Fatalf("%s did not come within a minute", state)
+			t.Fatalf("%s did not come within %v", state, hang)
 		}
 	}
 }

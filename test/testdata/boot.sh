@@ -28,7 +28,7 @@ echo "CHECK user $(ps -o user= -C chancery)"
 echo "CHECK pin in environment $(grep -c "$(cat /srv/demo/pins/online)" /proc/$(pidof chancery)/environ)"
 before=$(pidof chancery)
 systemctl kill --signal=SIGKILL chancery
-for _ in $(seq 120); do
+for _ in $(seq 600); do
     now=$(pidof chancery)
     [ -n "$now" ] && [ "$now" != "$before" ] && curl -sf --cacert /srv/demo/tls-ca.pem https://127.0.0.1/readyz >/dev/null && break
     sleep 0.5
@@ -38,6 +38,6 @@ systemctl stop chancery
 echo "CHECK stop $(systemctl show chancery -p Result --value)"
 echo 0000 >/etc/chancery/credentials/hsm-pin
 systemctl start chancery
-sleep 3
-echo "CHECK wrong PIN $(systemctl show chancery -p ExecMainStatus --value) restarts $(systemctl show chancery -p NRestarts --value)"
+# With a restart to come the state would be auto-restart.
+echo "CHECK wrong PIN $(systemctl show chancery -p ExecMainStatus --value) $(systemctl show chancery -p SubState --value) restarts $(systemctl show chancery -p NRestarts --value)"
 journalctl -u chancery --no-pager
