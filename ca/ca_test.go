@@ -273,7 +273,7 @@ func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
 	f.Log.OnCommit = second.wait
 	cfg := f.Config()
 	cfg.Key = key
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if _, err := catest.Authority(t, cfg).Issue(ctx, request(t)); err != nil {
 		t.Error(err)

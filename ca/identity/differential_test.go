@@ -124,7 +124,7 @@ func TestLikeFulcio(t *testing.T) {
 			ours, err := New(t.Context(), Config{
 				OIDCIssuers:      map[string]Issuer{issuer.IssuerURL: issuer},
 				CIIssuerMetadata: map[string]CIMetadata{"templates": templates},
-			}, Options{Now: atNoon, LoopbackHTTP: true})
+			}, Options{Now: atNoon, LoopbackHTTP: true, wait: time.Minute})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -118,11 +118,12 @@ func (f *foreign) signIn(client *http.Client, user mockoidc.User) (string, error
 func (f *foreign) verifier(t *testing.T) *Verifier {
 	t.Helper()
 	v, err := New(t.Context(), Config{OIDCIssuers: map[string]Issuer{f.Issuer(): {ClientID: "sigstore", Type: "email"}}},
-		Options{Now: func() (time.Time, error) { return time.Now(), nil }, LoopbackHTTP: true})
+		Options{Now: func() (time.Time, error) { return time.Now(), nil }, LoopbackHTTP: true, wait: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.Close)
+	v.issuers[f.Issuer()].keys.bucket.SetLimit(0) // not refilled on a slow day
 	return v
 }
 

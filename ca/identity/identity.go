@@ -106,6 +106,10 @@ type Options struct {
 	// PrivateNetworks are networks that are not on the public Internet in
 	// which issuers may be. Without them only public addresses are dialled.
 	PrivateNetworks []netip.Prefix
+
+	// wait is how long a request waits for keys at most; 0 is askWait. Tests that
+	// go over real sockets take longer on a busy machine.
+	wait time.Duration
 }
 
 // Verifier authenticates tokens of the configured issuers. It is safe for

@@ -53,7 +53,8 @@ type snapshot struct {
 // limited: fetches by bucket, memory by maxUnknown.
 type keyring struct {
 	fetch  func(context.Context) (*snapshot, error)
-	idle   func() // called when run ends
+	idle   func()        // called when run ends
+	wait   time.Duration // of one request, for everything: askWait
 	logger *slog.Logger
 
 	current atomic.Pointer[snapshot] // changes under mu
@@ -82,7 +83,7 @@ var (
 
 func newKeyring(fetch func(context.Context) (*snapshot, error), idle func(), logger *slog.Logger) *keyring {
 	return &keyring{
-		fetch: fetch, idle: idle, logger: logger,
+		fetch: fetch, idle: idle, wait: askWait, logger: logger,
 		flight:  &flight{done: make(chan struct{})}, // run's first, which costs no request anything
 		wake:    make(chan struct{}, 1),
 		bucket:  rate.NewLimiter(rate.Every(askEvery), askBurst),
@@ -229,7 +230,7 @@ func (q *inquiry) renew(ctx context.Context, old *snapshot) bool {
 func (q *inquiry) isLast(set *snapshot) bool { return set.number > q.begun }
 
 // ask waits for the fetch that is under way, or has one made if the bucket
-// allows; the whole inquiry waits for at most askWait. It is nil when keys were
+// allows; the whole inquiry waits for at most ring.wait. It is nil when keys were
 // fetched since the caller saw how many fetches had ended.
 func (q *inquiry) ask(ctx context.Context, ended uint64) error {
 	f, err := q.ring.join(ended)
@@ -237,7 +238,7 @@ func (q *inquiry) ask(ctx context.Context, ended uint64) error {
 		return err
 	}
 	if q.until.IsZero() {
-		q.until = time.Now().Add(askWait)
+		q.until = time.Now().Add(q.ring.wait)
 	}
 	ctx, cancel := context.WithDeadline(ctx, q.until)
 	defer cancel()

@@ -3,12 +3,14 @@ package identity
 import (
 	"context"
 	"encoding/pem"
+	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -80,23 +82,35 @@ func resolveWith(t *testing.T, answers ...[4]byte) *nameServer {
 	return n
 }
 
+// samePort listens on one port of two addresses.
+func samePort(t *testing.T, one, other string) (a, b net.Listener, port string) {
+	t.Helper()
+	for {
+		a, err := net.Listen("tcp4", net.JoinHostPort(one, "0"))
+		if err != nil {
+			t.Skipf("%s is not of this machine: %v", one, err)
+		}
+		_, port, err := net.SplitHostPort(a.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := net.Listen("tcp4", net.JoinHostPort(other, port))
+		if err == nil {
+			return a, b, port
+		}
+		_ = a.Close()
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestRebinding: a name that leads to an allowed address when it is first
 // looked up, and into another network the next time, is not followed there: the
 // address that is dialled decides.
 func TestRebinding(t *testing.T) {
 	good := startIDP(t)
-	allowed, err := net.Listen("tcp4", "127.0.0.2:0")
-	if err != nil {
-		t.Skipf("127.0.0.2 is not of this machine: %v", err)
-	}
-	_, port, err := net.SplitHostPort(allowed.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	inner, err := net.Listen("tcp4", net.JoinHostPort("127.0.0.1", port))
-	if err != nil {
-		t.Fatal(err)
-	}
+	allowed, inner, port := samePort(t, "127.0.0.2", "127.0.0.1")
 	issuer := "https://example.com:" + port // a name in httptest's certificate
 	serve := func(l net.Listener, h http.Handler) *httptest.Server {
 		srv := httptest.NewUnstartedServer(h)

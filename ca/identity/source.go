@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -63,6 +64,7 @@ func newSource(from known, opts Options) (*source, error) {
 		return nil, fmt.Errorf("%w: issuer %.200q: its files cannot be read here", ErrConfig, issuer.IssuerURL)
 	}
 	s.keys = newKeyring(s.fetch, client.CloseIdleConnections, opts.Logger.With("issuer", from.name()))
+	s.keys.wait = cmp.Or(opts.wait, askWait)
 	return s, nil
 }
 

@@ -829,7 +829,7 @@ func TestToken(t *testing.T) {
 	if caKey.Count() != 0 {
 		t.Error("linting used the hardware")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	precert, err := l.SignPrecertificate(ctx, caKey)
 	if err != nil {

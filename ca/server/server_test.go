@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -72,6 +73,7 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 		t.Fatal(err)
 	}
 	t.Cleanup(verifier.Close)
+	ready(t, verifier)
 	s, err := New(Config{
 		Authority: catest.Authority(t, cfg), Identity: verifier,
 		Logger: slog.New(slog.NewTextHandler(h.log, nil)),
@@ -82,6 +84,15 @@ func build(t testing.TB, change func(*ca.Config)) *house {
 	s.Register(h.echo)
 	h.server = s
 	return h
+}
+
+// ready waits until the keys of every issuer are there: a request waits for them
+// for 2 s alone, which a busy machine may need.
+func ready(t testing.TB, v *identity.Verifier) {
+	t.Helper()
+	idptest.Until(t, "keys of every issuer", func() bool {
+		return !slices.ContainsFunc(v.Health(), func(h identity.IssuerHealth) bool { return h.Keys == 0 })
+	})
 }
 
 func (h *house) token(t testing.TB, claims map[string]any) string {
