@@ -53,6 +53,7 @@ const (
 	wordRecords
 	wordKeyCode
 	wordKeyID
+	wordPass
 
 	wordCalls word = 32 // and one more for each function
 	words     word = 128
@@ -211,6 +212,9 @@ func (s *Shim) Delay(microseconds int) { s.at(wordDelay).Store(uint64(microsecon
 // Hang makes a function not return until another is named; 0 names none.
 func (s *Shim) Hang(function Function) { s.at(wordHang).Store(uint64(function)) }
 
+// Pass lets one of the calls that hang go on, or else the next that would hang.
+func (s *Shim) Pass() { s.at(wordPass).Add(1) }
+
 // CorruptEvery flips a bit in every n-th signature; 0 in none.
 func (s *Shim) CorruptEvery(n int) { s.at(wordCorrupt).Store(uint64(n)) }
 
@@ -350,11 +354,14 @@ func (s *Shim) Records() ([]Record, error) {
 	return all, nil
 }
 
-// written waits a short while for a record that is being written, and says
-// whether it is.
+// tornAfter is how long a record may take to be written: a few instructions, of a
+// thread that may have to wait for a processor.
+const tornAfter = 10 * time.Second
+
+// written waits for a record that is being written, and says whether it is.
 func written(r *record, sequence uint64) bool {
 	for began := time.Now(); r.sequence.Load() != sequence; runtime.Gosched() {
-		if time.Since(began) > time.Second {
+		if time.Since(began) > tornAfter {
 			return false
 		}
 	}

@@ -21,6 +21,7 @@ type connection struct {
 	info     hsm.TokenInfo
 	sessions int                           // signing sessions
 	sizes    map[uint]pkcs11.MechanismInfo // of mechanisms we use
+	lost     bool                          // under recovery.mu and Token.gate: it was reported lost
 
 	mu    sync.Mutex           // held while admin is in use
 	admin pkcs11.SessionHandle // one operation at a time (PKCS#11 v2.40, Section 2.6.5)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -298,7 +299,9 @@ func InitToken(modulePath, label string, soPIN, pin []byte) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	soPIN, pin = slices.Clone(soPIN), slices.Clone(pin) // an abandoned call goes on
 	err = m.exclusive(ctx, func() error {
+		defer func() { clear(soPIN); clear(pin) }()
 		return m.initialised(func() error { return m.initToken(label, soPIN, pin) })
 	}, func() {})
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"crypto"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
@@ -33,6 +34,7 @@ func TestUnplug(t *testing.T) {
 			t.Error(err)
 		}
 	}()
+	token.SetRetryWait(time.Millisecond)
 	key := hsmtest.NewKey(t, token, "key", hsm.ECDSAP256)
 	sign := func() error {
 		_, err := key.SignContext(t.Context(), digest[:], crypto.SHA256)

@@ -19,20 +19,17 @@ var unseedable = []pkcs11.Error{
 // (PKCS #11 v2.40, Section 5.16, C_SeedRandom). A token that does not take any
 // is hsm.ErrUnsupported. Errors also: hsm.ErrLost, hsm.ErrBusy.
 func (t *Token) SeedRandom(ctx context.Context, seed []byte) error {
-	refused := false
+	seed = slices.Clone(seed)
 	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) error {
 		return c.withAdmin(func(s pkcs11.SessionHandle) error {
 			err := c.raw.SeedRandom(s, seed)
 			var code pkcs11.Error
-			if refused = errors.As(err, &code) && slices.Contains(unseedable, code); refused {
-				return nil
+			if errors.As(err, &code) && slices.Contains(unseedable, code) {
+				return hsm.ErrUnsupported
 			}
 			return err
 		})
 	})
-	if refused {
-		err = hsm.ErrUnsupported
-	}
 	if err != nil {
 		return fmt.Errorf("seed random source of %s: %w", t.uri, err)
 	}

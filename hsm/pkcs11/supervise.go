@@ -17,9 +17,9 @@ var errRecovering = fmt.Errorf("token is being reopened: %w", hsm.ErrBusy)
 
 // The pace of recovery.
 const (
-	// retryWait is how long a call that lost its connection waits for a new
-	// one before it gives ErrLost.
-	retryWait = 2 * time.Second
+	// defaultRetryWait is how long a call that lost its connection waits for a
+	// new one before it gives ErrLost.
+	defaultRetryWait = 2 * time.Second
 	// firstPause and lastPause bound the doubling pause between attempts.
 	firstPause = 50 * time.Millisecond
 	lastPause  = time.Second
@@ -30,13 +30,26 @@ const (
 //	up ──lost──▶ reopening ──all tokens open──▶ up
 //	                 │ ▲ └──not yet: pause──┘
 //	                 └──PIN refused──▶ dead
+//
+// What an attempt came to is noted while it still keeps everybody else out: who
+// signs on a new connection, or opens a token after a refused PIN, finds it
+// noted. A connection that is lost again before the recovery has ended is the
+// next one's.
 type recovery struct {
 	mu    sync.Mutex
 	done  chan struct{} // not nil while reopening; closed when it ends
+	open  bool          // while reopening: all tokens are open, and it is about to end
+	again *loss         // the first loss since open
 	fatal error         // why the module is dead, nil if it is not
 	until time.Time     // when the running attempt counts as hung; zero between attempts
 	hold  time.Duration // how long the last lost connection was kept for the others
 	now   chan struct{} // not nil while one is kept: to be closed if it is lost for all
+}
+
+// loss is a connection that was lost, by whose token and why.
+type loss struct {
+	token *Token
+	cause error
 }
 
 // why says why there is no connection.
@@ -55,12 +68,17 @@ func (r *recovery) why() error {
 // err is why, or nil while no recovery runs and none has failed for good.
 func (r *recovery) err() error {
 	r.mu.Lock()
-	up := r.done == nil && r.fatal == nil
+	up := r.up()
 	r.mu.Unlock()
 	if up {
 		return nil
 	}
 	return r.why()
+}
+
+// up says whether the connections are good. The caller holds mu.
+func (r *recovery) up() bool {
+	return r.fatal == nil && (r.done == nil || r.open && r.again == nil)
 }
 
 // dead returns why the module is dead, nil if it is not.
@@ -96,23 +114,32 @@ func (m *module) lose(t *Token, err error) {
 	r := &m.recovery
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var doubt unproven
-	if !errors.As(err, &doubt) {
+	t.conn.lost = true
+	if !errors.As(err, new(unproven)) {
 		r.hold = 0
 		if r.now != nil {
 			close(r.now)
 			r.now = nil
 		}
 	}
-	if r.done != nil || r.fatal != nil {
-		return
+	switch {
+	case r.fatal != nil:
+	case r.done == nil:
+		m.begin(&loss{t, err})
+	case r.open && r.again == nil:
+		r.again = &loss{t, err}
 	}
+}
+
+// begin starts a recovery. The caller holds recovery.mu.
+func (m *module) begin(l *loss) {
+	r := &m.recovery
 	r.done = make(chan struct{})
-	if doubt.error != nil {
+	if errors.As(l.cause, new(unproven)) {
 		r.hold = min(max(2*r.hold, firstPause), lastPause)
 		r.now = make(chan struct{})
 	}
-	go m.recover(t.log, t.cfg.Deadline, err, r.hold, r.now)
+	go m.recover(l.token.log, l.token.cfg.Deadline, l.cause, r.hold, r.now)
 }
 
 // keep waits for as long as the connection is kept.
@@ -131,14 +158,19 @@ func (r *recovery) keep(hold time.Duration, now <-chan struct{}) {
 	r.now = nil
 }
 
-// recovered waits for a running recovery and says whether the module is up.
-func (m *module) recovered(ctx context.Context) bool {
-	m.recovery.mu.Lock()
-	done := m.recovery.done
-	m.recovery.mu.Unlock()
-	if done != nil {
-		timeout := time.NewTimer(retryWait)
-		defer timeout.Stop()
+// recovered waits for a running recovery, no longer than wait, and says whether
+// the module is up.
+func (m *module) recovered(ctx context.Context, wait time.Duration) bool {
+	r := &m.recovery
+	timeout := time.NewTimer(wait)
+	defer timeout.Stop()
+	for {
+		r.mu.Lock()
+		done, fatal := r.done, r.fatal
+		r.mu.Unlock()
+		if done == nil || fatal != nil {
+			return fatal == nil
+		}
 		select {
 		case <-done:
 		case <-ctx.Done():
@@ -147,9 +179,6 @@ func (m *module) recovered(ctx context.Context) bool {
 			return false
 		}
 	}
-	m.recovery.mu.Lock()
-	defer m.recovery.mu.Unlock()
-	return m.recovery.fatal == nil && m.recovery.done == nil
 }
 
 // recover closes every connection of the module and opens them all again, as
@@ -173,7 +202,7 @@ func (m *module) recover(log *slog.Logger, deadline time.Duration, cause error, 
 		}
 		if errors.Is(err, hsm.ErrPIN) {
 			log.Error("module is dead: PIN refused while reopening", "error", err)
-			m.finish(err)
+			m.finish()
 			return
 		}
 		log.Warn("module not reopened yet", "error", err, "pause", pause)
@@ -181,7 +210,7 @@ func (m *module) recover(log *slog.Logger, deadline time.Duration, cause error, 
 		pause = min(2*pause, lastPause)
 	}
 	log.Warn("module reopened", "after", time.Since(began))
-	m.finish(nil)
+	m.finish()
 }
 
 // setUntil says when the attempt that begins counts as hung, or that it ended.
@@ -191,25 +220,44 @@ func (r *recovery) setUntil(until time.Time) {
 	r.until = until
 }
 
-// finish ends the recovery.
-func (m *module) finish(fatal error) {
+// attempted notes what an attempt came to. The caller holds lock and every gate.
+func (r *recovery) attempted(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case err == nil:
+		r.open = true
+	case errors.Is(err, hsm.ErrPIN):
+		r.fatal = err
+	}
+}
+
+// finish ends the recovery, and begins the next one if that is due.
+func (m *module) finish() {
 	r := &m.recovery
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.fatal = fatal
 	close(r.done)
-	r.done = nil
+	again := r.again
+	r.done, r.open, r.again = nil, false, nil
+	if again != nil {
+		m.begin(again)
+	}
 }
 
 // reopen is one attempt: drain, close all, open all. If one token cannot be
 // opened all are closed again, so that the next attempt starts from a library
 // that is not initialised.
-func (m *module) reopen() error {
+func (m *module) reopen() (err error) {
 	m.lock <- struct{}{}
 	defer func() { <-m.lock }()
 	for t := range m.tokens {
 		t.gate.Lock() // waits for running calls; new ones get errRecovering
 		defer t.gate.Unlock()
+	}
+	defer func() { m.recovery.attempted(err) }()
+	if !m.broken() {
+		return nil
 	}
 	m.disconnectAll()
 	for t := range m.tokens {
@@ -219,6 +267,17 @@ func (m *module) reopen() error {
 		}
 	}
 	return nil
+}
+
+// broken says whether a token is without a connection or has a lost one. If none
+// is, what was lost has been closed, and perhaps opened again, by its owner.
+func (m *module) broken() bool {
+	for t := range m.tokens {
+		if t.conn == nil || t.conn.lost {
+			return true
+		}
+	}
+	return false
 }
 
 func (m *module) disconnectAll() {

@@ -35,6 +35,7 @@
 package pkcs11
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -106,6 +107,8 @@ type Token struct {
 	uri    uri
 	log    *slog.Logger
 	queue  *queue.Queue
+	// retryWait is how long a call waits to be tried again.
+	retryWait time.Duration
 
 	// gate is held for reading during each call's visit to the token, and for
 	// writing while conn is replaced, under module.lock.
@@ -136,13 +139,16 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open token: %w", err)
 	}
-	t := &Token{module: m, cfg: cfg, pin: string(cfg.PIN), uri: u, log: cfg.Logger.With("token", u.String())}
+	t := &Token{
+		module: m, cfg: cfg, pin: string(cfg.PIN), uri: u,
+		log: cfg.Logger.With("token", u.String()), retryWait: defaultRetryWait,
+	}
 	t.cfg.PIN = nil
 	ctx, cancel := context.WithTimeout(ctx, cfg.Deadline)
 	defer cancel()
-	// A recovery that runs, for a token that may be closed by now, would reopen
-	// the new connection too: let it end if it can.
-	m.recovered(ctx)
+	// A recovery that runs, for another token, would reopen the new connection
+	// too: let it end if it can.
+	m.recovered(ctx, t.retryWait)
 	err = m.exclusive(ctx, func() error { return m.attach(t) }, func() { m.detach(t) })
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", u, err)
@@ -197,7 +203,22 @@ func (t *Token) Err() error {
 	if err := t.queue.Err(); err != nil {
 		return err
 	}
-	return t.module.recovery.err()
+	if err := t.module.recovery.err(); err != nil {
+		return err
+	}
+	if !t.gate.TryRLock() { // a call would not get in
+		return t.why()
+	}
+	t.gate.RUnlock()
+	return nil
+}
+
+// why says why a call does not get to the token.
+func (t *Token) why() error {
+	if err := t.queue.Err(); err != nil {
+		return err
+	}
+	return t.module.recovery.why()
 }
 
 // Close logs out and releases the token. It waits for running calls no longer
@@ -217,15 +238,17 @@ func (t *Token) Close() error {
 	return nil
 }
 
-// do runs f on a worker with the living connection, in its share's turn. If the connection turns
-// out to be lost, recovery begins, and if again is set do waits for it a short
-// while and runs f once more on the new connection.
+// do runs f on a worker with the living connection, in its share's turn. If the
+// connection turns out to be lost, recovery begins, and if again is set do waits
+// for it a short while and runs f once more on the new connection. When it fails
+// f may still be running: what f writes must not be read, nor its argument be
+// the caller's memory.
 func (t *Token) do(ctx context.Context, share hsm.Share, again bool, f func(*connection) error) error {
 	err := t.once(ctx, share, f)
 	if !again || !temporary(err) || ctx.Err() != nil {
 		return err
 	}
-	if !t.module.recovered(ctx) {
+	if !t.module.recovered(ctx, t.retryWait) {
 		return err
 	}
 	return t.once(ctx, share, f)
@@ -236,11 +259,11 @@ func (t *Token) once(ctx context.Context, share hsm.Share, f func(*connection) e
 	return t.queue.Do(ctx, share, func() error {
 		defer t.module.enter()()
 		if !t.gate.TryRLock() {
-			return t.module.recovery.why()
+			return t.why()
 		}
 		defer t.gate.RUnlock()
 		if t.conn == nil {
-			return t.module.recovery.why()
+			return t.why()
 		}
 		err := classify(f(t.conn))
 		if temporary(err) {
@@ -310,7 +333,7 @@ func (t *Token) Find(ctx context.Context, id []byte) (hsm.Key, error) {
 	if len(id) == 0 {
 		return nil, fmt.Errorf("find key: empty id: %w", hsm.ErrNotFound)
 	}
-	pair, err := t.resolve(ctx, t.uri.key("", id), nil, hsm.RoleNone)
+	pair, err := t.resolve(ctx, t.uri.key("", bytes.Clone(id)), nil, hsm.RoleNone)
 	if err != nil {
 		return nil, fmt.Errorf("find key with id %x in %s: %w", id, t.uri, err)
 	}
@@ -324,7 +347,10 @@ func (t *Token) resolve(ctx context.Context, u uri, spki *[32]byte, role hsm.Rol
 		found, err = c.resolve(u, spki, role)
 		return err
 	})
-	return found, err
+	if err != nil {
+		return nil, err
+	}
+	return found, nil
 }
 
 // adopt makes a Key of a resolved pair and remembers it for recovery. The same

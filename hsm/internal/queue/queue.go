@@ -312,10 +312,9 @@ func (q *Queue) watch(onWedge func()) {
 		case <-q.ended:
 			return
 		case now := <-tick.C:
-			if q.Oldest(now) <= q.deadline {
+			if !q.wedge(now) {
 				continue
 			}
-			q.end(ErrWedged)
 			if onWedge != nil {
 				onWedge()
 			}
@@ -324,10 +323,27 @@ func (q *Queue) watch(onWedge func()) {
 	}
 }
 
+// wedge ends the queue if a call that runs has outlived the deadline, and says
+// whether one has.
+func (q *Queue) wedge(now time.Time) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.oldest(now) <= q.deadline {
+		return false
+	}
+	q.end(ErrWedged)
+	return true
+}
+
 // Oldest returns how long the longest running call has run, 0 if none runs.
 func (q *Queue) Oldest(now time.Time) time.Duration {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	return q.oldest(now)
+}
+
+// oldest is Oldest. The caller holds mu.
+func (q *Queue) oldest(now time.Time) time.Duration {
 	var oldest time.Duration
 	for _, w := range q.workers {
 		if !w.since.IsZero() {
@@ -347,12 +363,15 @@ func (q *Queue) Err() error {
 
 // Close refuses further calls. It does not wait for running ones. Closing
 // twice is harmless.
-func (q *Queue) Close() { q.end(ErrClosed) }
-
-// end makes reason the end of the queue and answers those to whom it applies.
-func (q *Queue) end(reason error) {
+func (q *Queue) Close() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.end(ErrClosed)
+}
+
+// end makes reason the end of the queue and answers those to whom it applies.
+// The caller holds mu.
+func (q *Queue) end(reason error) {
 	if q.err == ErrWedged || q.err == reason { //nolint:errorlint // both are ours, never wrapped
 		return
 	}

@@ -1,0 +1,7 @@
+package pkcs11
+
+import "time"
+
+// SetRetryWait changes how long a call that lost its connection waits for a new
+// one. Nobody uses the token yet.
+func (t *Token) SetRetryWait(d time.Duration) { t.retryWait = d }
