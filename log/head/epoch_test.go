@@ -28,7 +28,7 @@ type memory struct {
 	value    uint64
 	advances int
 	lost     error // of every call
-	answer   error // of an advance that is made
+	answer   error // of an advance that is made, and of every call after it
 	hang     chan struct{}
 }
 
@@ -56,6 +56,7 @@ func (m *memory) Advance(context.Context) (uint64, error) {
 	}
 	m.value++
 	m.advances++
+	m.lost = m.answer
 	return m.value, m.answer
 }
 
@@ -126,7 +127,7 @@ func (f *fixture) until(what string, done func() bool) {
 	f.t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); !done(); <-tick.C {
+	for deadline := time.Now().Add(2 * time.Minute); !done(); <-tick.C {
 		if time.Now().After(deadline) {
 			f.t.Fatalf("no %s: %+v, counter error %v, error %v", what, f.heads.Stats(), f.heads.CounterErr(), f.heads.Err())
 		}
@@ -299,9 +300,9 @@ func TestEpochInterrupted(t *testing.T) {
 		advances int
 	}{
 		{"killed before the advance", func(c *memory) { c.lost = hsm.ErrLost }, true, func(c *memory) { c.lost = nil }, 1},
-		{"killed after the advance", func(c *memory) { c.answer = hsm.ErrLost }, true, func(c *memory) { c.answer = nil }, 1},
+		{"killed after the advance", func(c *memory) { c.answer = hsm.ErrLost }, true, func(c *memory) { c.answer, c.lost = nil, nil }, 1},
 		{"lost before the advance", func(c *memory) { c.lost = hsm.ErrBusy }, false, func(c *memory) { c.lost = nil }, 1},
-		{"lost after the advance", func(c *memory) { c.answer = hsm.ErrLost }, false, func(c *memory) { c.answer = nil }, 1},
+		{"lost after the advance", func(c *memory) { c.answer = hsm.ErrLost }, false, func(c *memory) { c.answer, c.lost = nil, nil }, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f, c := newCounted(t)
@@ -385,28 +386,38 @@ func TestEpochNotStored(t *testing.T) {
 
 // TestCounterHangs: heads and Close do not wait for a counter.
 func TestCounterHangs(t *testing.T) {
-	f, c := newCounted(t)
-	f.open(counted(c))
-	f.settles(c, 8)
-	f.add(1)
-	f.await(1)
-	f.close()
-	f.openTree()
-	f.open(counted(c), func(cfg *Config) { cfg.EpochInterval = time.Millisecond })
-	hang := make(chan struct{})
-	defer close(hang)
-	c.set(func(c *memory) { c.hang = hang })
-	for i := range uint64(20) {
+	synctest.Test(t, func(t *testing.T) {
+		f, c := newCounted(t)
+		f.open(counted(c))
+		f.settles(c, 8)
 		f.add(1)
-		f.verify(f.await(2 + i))
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	start := time.Now()
-	_ = f.heads.Close(ctx)
-	if took := time.Since(start); took > 4*time.Second {
-		t.Errorf("close took %v", took)
-	}
+		f.await(1)
+		f.close()
+		f.openTree()
+		f.open(counted(c), func(cfg *Config) { cfg.EpochInterval = time.Millisecond })
+		hang := make(chan struct{})
+		c.set(func(c *memory) { c.hang = hang })
+		time.Sleep(time.Minute) // an epoch is due with the next leaf
+		start := time.Now()
+		for i := range uint64(20) {
+			f.add(1)
+			f.verify(f.await(2 + i))
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("heads waited %v", took)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		start = time.Now()
+		_ = f.heads.Close(ctx)
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("close took %v", took)
+		}
+		close(hang)
+		if err := f.engine.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestCounterAwayAtStart(t *testing.T) {

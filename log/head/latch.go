@@ -103,12 +103,18 @@ type guarded struct {
 	p *Publisher
 }
 
-// Append implements tree.Tree.
+// Append implements tree.Tree. A leaf that was on its way when the Publisher
+// latched may be in the tree, but its caller is not told so: no head will have
+// it.
 func (g guarded) Append(ctx context.Context, leaf tree.Leaf) (tree.Entry, bool, error) {
 	if err := g.p.forked(); err != nil {
 		return tree.Entry{}, false, fmt.Errorf("append: %w", err)
 	}
-	return g.Tree.Append(ctx, leaf)
+	entry, existed, err := g.Tree.Append(ctx, leaf)
+	if forked := g.p.forked(); forked != nil {
+		return tree.Entry{}, false, fmt.Errorf("append: %w", forked)
+	}
+	return entry, existed, err
 }
 
 // InclusionProof implements tree.Tree.

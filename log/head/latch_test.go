@@ -231,6 +231,45 @@ func TestRunningLatchStillReads(t *testing.T) {
 	}
 }
 
+// slowTree is a tree whose appended leaves are durable before they are answered.
+type slowTree struct {
+	tree.Tree
+	durable, answer chan struct{}
+}
+
+func (s slowTree) Append(ctx context.Context, leaf tree.Leaf) (tree.Entry, bool, error) {
+	e, existed, err := s.Tree.Append(ctx, leaf)
+	s.durable <- struct{}{}
+	<-s.answer
+	return e, existed, err
+}
+
+// TestLatchMeetsAppend: nobody is told that a leaf is in the log when the log
+// latched before it could be said.
+func TestLatchMeetsAppend(t *testing.T) {
+	f := newFixture(t)
+	s := slowTree{f.tree, make(chan struct{}), make(chan struct{})}
+	l := &liar{Tree: s}
+	f.open(func(c *Config) { c.Tree = l })
+	f.add(3)
+	f.await(3)
+	errs := make(chan error, 1)
+	go func() {
+		_, _, err := f.heads.Tree().Append(t.Context(), tree.Leaf{Value: []byte("on its way")})
+		errs <- err
+	}()
+	<-s.durable
+	lie := func(r tree.Root) tree.Root { r.Hash[0] ^= 1; return r }
+	l.lie.Store(&lie)
+	if _, err := f.heads.Await(t.Context(), 4); !errors.Is(err, ErrFork) {
+		t.Fatalf("error %v, want ErrFork", err)
+	}
+	close(s.answer)
+	if err := <-errs; !errors.Is(err, ErrFork) {
+		t.Errorf("append: error %v, want ErrFork", err)
+	}
+}
+
 // loss is the acceptance of the tree that f has; old receives what is reported.
 func (f *fixture) loss(old *Record) Loss {
 	root := f.tree.Root()

@@ -427,7 +427,7 @@ const clients = 8
 // none, to stdout and each head that is signed to the file "signed", with one
 // write each. Every error must be one that the packages name.
 func child(dir string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // ends a hang
 	defer cancel()
 	quota, err := strconv.Atoi(os.Getenv(childQuota))
 	if err != nil {

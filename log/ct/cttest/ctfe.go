@@ -101,7 +101,7 @@ func New(t testing.TB, roots []*x509.Certificate, opts Options) *CTFE {
 		t.Fatal(err)
 	}
 	instance, err := ctfe.SetUpInstance(t.Context(), ctfe.InstanceOptions{
-		Validated: c.config(t, roots, opts), Client: client, Deadline: 10 * time.Second,
+		Validated: c.config(t, roots, opts), Client: client, Deadline: 2 * time.Minute,
 		MetricFactory: monitoring.InertMetricFactory{}, RequestLog: new(ctfe.DefaultRequestLog),
 	})
 	if err != nil {
