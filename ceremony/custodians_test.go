@@ -60,7 +60,7 @@ func tufOf(t testing.TB, dir string) *tuf.Repository {
 
 func TestCustodiansPractice(t *testing.T) {
 	d := withTUF(t)
-	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock}
 	res, err := Rehearse(t.Context(), d, opts)
 	if err != nil {
 		t.Fatal(err)
@@ -138,7 +138,7 @@ func TestCustodiansWithTokens(t *testing.T) {
 	}
 	here := map[string]bool{"c1": true}
 	opts := Options{
-		Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock, Resume: true,
+		Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock, Resume: true,
 		Custodian: func(_ context.Context, id string) (hsm.Key, error) {
 			if here[id] {
 				return keys[id], nil
@@ -214,7 +214,7 @@ func TestCustodiansWithTokens(t *testing.T) {
 // TestCustodiansResumed kills a ceremony with custodians before every record.
 func TestCustodiansResumed(t *testing.T) {
 	d := withTUF(t)
-	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(t.TempDir(), "out"), Resume: true}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Resume: true}
 	kills := 0
 	for ; ; kills++ {
 		opts.Now = killAfter(3 + kills%5)

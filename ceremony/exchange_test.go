@@ -61,7 +61,7 @@ func newHalf(t testing.TB, d *Definition, m Machine, token hsm.Token) *half {
 		name = DemoOnlineToken
 	}
 	return &half{def, Options{
-		Tokens: map[string]hsm.Token{name: token}, Dir: filepath.Join(t.TempDir(), "out"), Now: fixedClock, Resume: true,
+		Tokens: map[string]hsm.Token{name: token}, Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock, Resume: true,
 	}}
 }
 

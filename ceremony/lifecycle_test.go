@@ -78,7 +78,7 @@ func custodianLines(ids ...string) string {
 func (l *life) options() Options {
 	now := l.now
 	return Options{
-		Tokens: l.tokens, Dir: filepath.Join(l.t.TempDir(), "out"), Previous: l.last.Dir,
+		Tokens: l.tokens, Dir: filepath.Join(memoryFolder(l.t), "out"), Previous: l.last.Dir,
 		Now:       func() (time.Time, error) { return now, nil },
 		Custodian: func(_ context.Context, id string) (hsm.Key, error) { return l.custody[id], nil },
 	}

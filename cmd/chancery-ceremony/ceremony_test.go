@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -220,6 +221,8 @@ func killAt(t *testing.T, cmd *exec.Cmd, transcript, step string) {
 		_, _ = io.Copy(io.Discard, stdout)
 	}()
 	want := []byte(`"step":"` + step + `"`)
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
 	for {
 		content, err := os.ReadFile(transcript)
 		if err == nil && bytes.Contains(content, want) {
@@ -229,7 +232,7 @@ func killAt(t *testing.T, cmd *exec.Cmd, transcript, step string) {
 		case <-done: // it was faster than we looked
 			_ = cmd.Wait()
 			return
-		default:
+		case <-look.C:
 		}
 	}
 	if err := cmd.Process.Kill(); err != nil {

@@ -97,9 +97,7 @@ func (r *room) opens(label, pin string) (bool, error) {
 // resumed again between C_SetPIN and the new PIN's place in its file. Resumed
 // once more it ends, and the file has the PIN of the token.
 func TestPINChangeKilled(t *testing.T) {
-	if out, err := exec.CommandContext(t.Context(), "strace", "-f", "-o", "/dev/null", "true").CombinedOutput(); err != nil {
-		t.Skipf("strace is not installed, or does not work here: %v %s", err, out)
-	}
+	needStrace(t)
 	r := newRoom(t, changing("root"))
 	killed := func(call, file string, args ...string) {
 		t.Helper()

@@ -16,21 +16,19 @@ import (
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
+func needStrace(t *testing.T) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), "strace", "-f", "-o", "/dev/null", "true").CombinedOutput(); err != nil {
+		hsmtest.Missing(t, fmt.Sprintf("strace is not installed, or does not work here: %v %s", err, out))
+	}
+}
+
 // A ceremony that is killed at an fsync, before the kernel has carried it out,
 // and resumed, ends with exactly one key for each name and with outputs that
 // verify. CHANCERY_FAULTS=all kills at every one; without it, at a few.
 func TestKilledAtFsync(t *testing.T) {
-	if _, err := exec.LookPath("strace"); err != nil {
-		hsmtest.Missing(t, "strace is not installed")
-	}
+	needStrace(t)
 	r := newRoom(t, nil)
-	if out, err := r.command("plan", r.def).CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	probe := exec.CommandContext(t.Context(), "strace", "-f", "-o", "/dev/null", "true")
-	if out, err := probe.CombinedOutput(); err != nil {
-		t.Skipf("strace does not work here: %v %s", err, out)
-	}
 	at := func(n int) int { return n * (n + 1) / 2 } // 1, 3, 6, 10, …
 	limit := 6
 	if os.Getenv("CHANCERY_FAULTS") == "all" {

@@ -15,9 +15,7 @@ import (
 // their wrapping key, and nobody has written down which, is resumed with
 // another.
 func TestPairingKilled(t *testing.T) {
-	if out, err := exec.CommandContext(t.Context(), "strace", "-f", "-o", "/dev/null", "true").CombinedOutput(); err != nil {
-		t.Skipf("strace is not installed, or does not work here: %v %s", err, out)
-	}
+	needStrace(t)
 	r := newRoom(t, nil)
 	_, text, _ := strings.Cut(r.read(filepath.Join("testdata", "script", "backup.txtar")), "-- genesis.yaml --\n")
 	text, _, _ = strings.Cut(text, "-- drill.yaml --\n")

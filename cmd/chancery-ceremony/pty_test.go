@@ -32,7 +32,8 @@ func (d *dialogue) exit() int       { d.t.Helper(); return d.Exit() }
 func (d *dialogue) text() string    { return d.Text() }
 
 // longer are lines that need not fit the terminal: an error and its hint are one
-// line each, for programs, and an answer is as long as it is.
-var longer = regexp.MustCompile("^" + program + ": error: |^hint: |: .*/")
+// line each, for programs, an answer is as long as it is, and a path is not
+// broken.
+var longer = regexp.MustCompile("^" + program + ": error: |^hint: |: .*/|^[a-z]* +/[^ ]*$")
 
 func (d *dialogue) columns() { d.t.Helper(); d.Columns(longer) }

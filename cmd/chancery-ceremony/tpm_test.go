@@ -39,11 +39,12 @@ func TestTPM(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build without cgo: %v\n%s", err, out)
 	}
-	began := time.Now()
-	if out, err := exec.CommandContext(t.Context(), bin, "verify", r.out()).CombinedOutput(); err != nil {
+	verify := exec.CommandContext(t.Context(), bin, "verify", r.out())
+	if out, err := verify.CombinedOutput(); err != nil {
 		t.Errorf("verify: %v\n%s", err, out)
 	}
-	if took := time.Since(began); took > 2*time.Second {
+	// What it takes on a machine that has nothing else to do.
+	if took := verify.ProcessState.UserTime() + verify.ProcessState.SystemTime(); took > 2*time.Second {
 		t.Errorf("verify took %s, want 2 s at most", took)
 	}
 	attested(t, r.out(), "inter-g1")

@@ -24,8 +24,8 @@ import (
 // Width is how many columns a terminal has.
 const Width = 80
 
-// limit bounds every wait for the program.
-const limit = 60 * time.Second
+// limit bounds every wait for the program, only to end a hang.
+const limit = 3 * time.Minute
 
 // Dialogue is a program in a terminal. Its methods fail the test when the program
 // does not do what they wait for; one goroutine at a time uses it.
@@ -33,7 +33,8 @@ type Dialogue struct {
 	t      testing.TB
 	cmd    *exec.Cmd
 	master *os.File
-	done   chan error    // the program has ended
+	done   chan struct{} // closed when the program has ended
+	ended  error         // then: how
 	gone   chan struct{} // and everything that it printed is on the screen
 
 	mu     sync.Mutex
@@ -43,7 +44,8 @@ type Dialogue struct {
 }
 
 // Start runs cmd as the foreground of a terminal of its own, until the test ends.
-// Where there are no pseudo-terminals the test is skipped.
+// Where there are no pseudo-terminals the test is skipped, or fails if
+// CHANCERY_REQUIRE_HSM is 1.
 func Start(t testing.TB, cmd *exec.Cmd) *Dialogue {
 	t.Helper()
 	master, slave := open(t)
@@ -53,10 +55,16 @@ func Start(t testing.TB, cmd *exec.Cmd) *Dialogue {
 		t.Fatal(err)
 	}
 	_ = slave.Close()
-	d := &Dialogue{t: t, cmd: cmd, master: master, done: make(chan error, 1), gone: make(chan struct{}), grown: make(chan struct{}, 1)}
+	d := &Dialogue{t: t, cmd: cmd, master: master, done: make(chan struct{}), gone: make(chan struct{}), grown: make(chan struct{}, 1)}
 	go d.watch()
-	go func() { d.done <- cmd.Wait() }()
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	go func() {
+		defer close(d.done)
+		d.ended = cmd.Wait()
+	}()
+	t.Cleanup(func() { // nothing of it is left when the test's folders are removed
+		_ = cmd.Process.Kill()
+		<-d.done
+	})
 	return d
 }
 
@@ -65,6 +73,9 @@ func open(t testing.TB) (master, slave *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
+		if os.Getenv("CHANCERY_REQUIRE_HSM") == "1" { // as hsmtest.Missing, which needs cgo
+			t.Fatalf("open a pseudo-terminal: %v", err)
+		}
 		t.Skipf("open a pseudo-terminal: %v", err)
 	}
 	t.Cleanup(func() { _ = master.Close() })
@@ -180,18 +191,19 @@ func (d *Dialogue) Interrupt() {
 // Exit waits for the program's end and returns its status.
 func (d *Dialogue) Exit() int {
 	d.t.Helper()
-	select {
-	case err := <-d.done:
-		<-d.gone
-		var status *exec.ExitError
-		if err != nil && !errors.As(err, &status) {
-			d.t.Fatal(err)
+	late := time.After(limit)
+	for _, end := range []<-chan struct{}{d.done, d.gone} {
+		select {
+		case <-end:
+		case <-late:
+			d.t.Fatalf("the program, or what it has started, does not end; the screen:\n%s", d.Text())
 		}
-		return d.cmd.ProcessState.ExitCode()
-	case <-time.After(limit):
-		d.t.Fatalf("the program does not end; the screen:\n%s", d.Text())
-		return -1
 	}
+	var status *exec.ExitError
+	if d.ended != nil && !errors.As(d.ended, &status) {
+		d.t.Fatal(d.ended)
+	}
+	return d.cmd.ProcessState.ExitCode()
 }
 
 // Columns fails the test on a line that is wider than the terminal, but for
