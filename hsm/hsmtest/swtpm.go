@@ -24,8 +24,8 @@ type Emulator struct {
 	cmd *exec.Cmd
 }
 
-// emulatorWait bounds every wait for the emulator.
-const emulatorWait = 10 * time.Second
+// patience bounds every wait for another process: only to end a hang.
+const patience = 2 * time.Minute
 
 // SWTPM starts a fresh TPM until the test ends. The test is skipped (or failed,
 // see Missing) where swtpm is missing.
@@ -92,7 +92,7 @@ func (e *Emulator) Start(t testing.TB) {
 			_ = conn.Close()
 			return
 		}
-		if time.Since(began) > emulatorWait {
+		if time.Since(began) > patience {
 			t.Fatalf("swtpm does not listen: %v", err)
 		}
 	}
@@ -131,12 +131,12 @@ func (e *Emulator) signal(t testing.TB, s syscall.Signal) {
 // transient objects are gone, and commands are refused until TPM2_Startup.
 func (e *Emulator) Reset(t testing.TB) {
 	t.Helper()
-	conn, err := net.DialTimeout("unix", e.Control(), emulatorWait)
+	conn, err := net.DialTimeout("unix", e.Control(), patience)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if err := conn.SetDeadline(time.Now().Add(emulatorWait)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	// CMD_INIT of swtpm's control protocol with no flags; the answer is a code.

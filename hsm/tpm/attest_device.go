@@ -63,7 +63,7 @@ func (t *Token) attest(ctx context.Context, k *key, nonce []byte) (hsm.Attestati
 	}
 	template, err := t.endorsed(ctx, &a)
 	if err != nil {
-		return a, fmt.Errorf("endorsement key: %w", err)
+		return hsm.Attestation{}, fmt.Errorf("endorsement key: %w", err)
 	}
 	secret := make([]byte, activationSize)
 	_, _ = rand.Read(secret) // never fails
@@ -74,7 +74,7 @@ func (t *Token) attest(ctx context.Context, k *key, nonce []byte) (hsm.Attestati
 	}
 	for _, step := range steps {
 		if err := t.do(ctx, hsm.ShareRest, true, step); err != nil {
-			return a, err
+			return hsm.Attestation{}, err // a step that was left may still write to a
 		}
 	}
 	return a, nil
@@ -366,7 +366,10 @@ func (t *Token) activateCredential(ctx context.Context, a hsm.Attestation, crede
 			secret, err = c.activate(template, credential)
 			return err
 		})
-		return secret, err
+		if err != nil {
+			return nil, err
+		}
+		return secret, nil
 	}
 	return nil, hsm.ErrUnsupported // unreachable: endorsementKey knows the templates
 }

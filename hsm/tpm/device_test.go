@@ -8,8 +8,10 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/chancery-ca/chancery/hsm"
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/sys/unix"
 )
@@ -69,7 +71,7 @@ func TestNode(t *testing.T) {
 				_, _ = unix.Write(kernel, row.response)
 			}
 		}()
-		response, err := n.exchange(command, time.Now().Add(5*time.Second))
+		response, err := n.exchange(command, time.Now().Add(time.Minute))
 		if !errors.Is(err, row.want) {
 			t.Errorf("%s: error %v, want %v", row.name, err, row.want)
 		}
@@ -100,6 +102,12 @@ func TestNodeEnds(t *testing.T) {
 	if _, err := n.read(time.Now().Add(20 * time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("nothing to read, and told that there is: %v, want a deadline", err)
 	}
+	n.mu.Lock() // as exchange does
+	go n.close()
+	if _, err := n.read(time.Now().Add(time.Minute)); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("closed while there is nothing to read: %v, want ErrClosed", err)
+	}
+	n.mu.Unlock()
 	n, kernel = nodePair(t)
 	go func() {
 		_, _ = unix.Read(kernel, make([]byte, maxMessage)) // the command has come
@@ -112,6 +120,24 @@ func TestNodeEnds(t *testing.T) {
 	if _, err := n.exchange(message(10, 10), time.Now().Add(time.Minute)); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("closed before an exchange: %v, want ErrClosed", err)
 	}
+}
+
+// TestWarningForEver: a TPM that asks to repeat a command is asked for half of the
+// deadline, and is busy then.
+func TestWarningForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const deadline = 30 * time.Second
+		answer := message(10, 10)
+		binary.BigEndian.PutUint32(answer[6:], uint32(tpm2.TPMRCRetry))
+		c := &connection{device: fixed{answer}, cfg: Config{Deadline: deadline}}
+		began := time.Now() // of the bubble
+		if err := c.flush(0x80000000); !errors.Is(err, hsm.ErrBusy) {
+			t.Errorf("error %v, want ErrBusy", err)
+		}
+		if took := time.Since(began); took < deadline/2-time.Second || took > deadline/2 {
+			t.Errorf("it was asked for %s, want half of %s", took, deadline)
+		}
+	})
 }
 
 // streamPair is an emulator's socket and the emulator's end of it.
@@ -147,7 +173,7 @@ func FuzzExchange(f *testing.F) {
 			_ = server.Close()
 		})
 		s := &stream{conn: client}
-		response, err := s.exchange(message(10, 10), time.Now().Add(5*time.Second))
+		response, err := s.exchange(message(10, 10), time.Now().Add(time.Minute))
 		s.close()
 		emulator.Wait() // octets are the fuzzer's again when this function returns
 		if err == nil && (len(response) < headerSize || int(binary.BigEndian.Uint32(response[2:])) != len(response) || !bytes.HasPrefix(octets, response)) {

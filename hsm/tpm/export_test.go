@@ -25,6 +25,10 @@ func (t *Token) Handles(ctx context.Context) (objects, sessions int, err error) 
 	return objects, sessions, err
 }
 
+// SetRetryWait changes how long a call that lost its connection waits for a new
+// one. Nobody uses the token yet.
+func (t *Token) SetRetryWait(d time.Duration) { t.retryWait = d }
+
 // WithTPM is withTPM.
 func (t *Token) WithTPM(ctx context.Context, f func(tpm transport.TPM) error) error {
 	return t.withTPM(ctx, hsm.ShareRest, f)

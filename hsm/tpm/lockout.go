@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -38,8 +39,9 @@ type LockoutState struct {
 }
 
 // Lockout reads the TPM's lockout parameters and state.
-func (t *Token) Lockout(ctx context.Context) (state LockoutState, err error) {
-	err = t.do(ctx, hsm.ShareRest, true, func(c *connection) (err error) {
+func (t *Token) Lockout(ctx context.Context) (LockoutState, error) {
+	var state LockoutState
+	err := t.do(ctx, hsm.ShareRest, true, func(c *connection) (err error) {
 		state, err = c.lockout()
 		return err
 	})
@@ -104,7 +106,11 @@ func (t *Token) SetLockout(ctx context.Context, current []byte, l Lockout, next 
 	if err := checkLockout(l, next); err != nil {
 		return fmt.Errorf("set lockout: %w", err)
 	}
-	err := t.do(ctx, hsm.ShareRest, false, func(c *connection) error { return c.setLockout(current, l, next) })
+	current, next = bytes.Clone(current), bytes.Clone(next) // an abandoned call goes on
+	err := t.do(ctx, hsm.ShareRest, false, func(c *connection) error {
+		defer func() { clear(current); clear(next) }()
+		return c.setLockout(current, l, next)
+	})
 	if err != nil {
 		return fmt.Errorf("set lockout of %s: %w", t.uri, err)
 	}

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -174,13 +174,14 @@ func TestCounterReplaced(t *testing.T) {
 			if err := other.Start(); err != nil {
 				t.Fatal(err)
 			}
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-				if _, err := os.Stat(socket + ".ctrl"); err == nil {
-					break
-				}
-				if time.Now().After(deadline) {
-					t.Fatal("swtpm does not listen")
-				}
+			for _, path := range []string{socket, socket + ".ctrl"} {
+				until(t, "swtpm listens", func() bool {
+					conn, err := net.Dial("unix", path)
+					if err == nil {
+						_ = conn.Close()
+					}
+					return err == nil
+				})
 			}
 			run := func(name string, args ...string) {
 				cmd := exec.CommandContext(t.Context(), name, append([]string{"-C", "o", fmt.Sprintf("%#x", testIndex)}, args...)...)
@@ -197,12 +198,10 @@ func TestCounterReplaced(t *testing.T) {
 			_ = other.Wait() // killed
 			e.Start(t)
 			var err error = hsm.ErrLost
-			for deadline := time.Now().Add(10 * time.Second); errors.Is(err, hsm.ErrLost) || errors.Is(err, hsm.ErrBusy); time.Sleep(5 * time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatal(err)
-				}
+			until(t, "an answer of the counter", func() bool {
 				_, err = c.Value(t.Context())
-			}
+				return !errors.Is(err, hsm.ErrLost) && !errors.Is(err, hsm.ErrBusy)
+			})
 			if !errors.Is(err, tc.want) {
 				t.Errorf("value: error %v, want %v", err, tc.want)
 			}
@@ -258,14 +257,10 @@ func TestCounterWhileLost(t *testing.T) {
 	}
 	e.Start(t)
 	var value uint64
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if value, err = c.Value(t.Context()); err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-	}
+	until(t, "the counter's value", func() bool {
+		value, err = c.Value(t.Context())
+		return err == nil
+	})
 	if value < first || value > first+1 { // the hanging advance may have been done
 		t.Errorf("counter at %d, was at %d", value, first)
 	}

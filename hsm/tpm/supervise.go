@@ -13,9 +13,9 @@ var errReconnecting = fmt.Errorf("TPM is being reconnected: %w", hsm.ErrBusy)
 
 // The pace of recovery.
 const (
-	// retryWait is how long a call that lost its connection waits for a new
-	// one before it gives ErrLost.
-	retryWait = 2 * time.Second
+	// defaultRetryWait is how long a call that lost its connection waits for a
+	// new one before it gives ErrLost.
+	defaultRetryWait = 2 * time.Second
 	// firstPause and lastPause bound the doubling pause between attempts.
 	firstPause = 20 * time.Millisecond
 	lastPause  = time.Second
@@ -96,7 +96,7 @@ func (t *Token) reconnected(ctx context.Context) bool {
 	back := t.back
 	t.mu.Unlock()
 	if back != nil {
-		timeout := time.NewTimer(retryWait)
+		timeout := time.NewTimer(t.retryWait)
 		defer timeout.Stop()
 		select {
 		case <-back:

@@ -154,6 +154,8 @@ type Token struct {
 	claim  string             // under which this token is in opened
 	ctx    context.Context    // ends when the token is closed
 	cancel context.CancelFunc // of ctx
+	// retryWait is how long a call waits to be tried again.
+	retryWait time.Duration
 
 	// gate holds one: whoever took it has the TPM to himself. The worker takes
 	// it for an operation, the supervisor to connect, Close for good.
@@ -189,7 +191,7 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	u := uri{dir: cfg.Dir, device: cfg.Device}
 	t := &Token{
 		cfg: cfg, uri: u, files: folder{cfg.Dir},
-		log: cfg.Logger.With("token", u.String()), gate: make(chan struct{}, 1),
+		log: cfg.Logger.With("token", u.String()), gate: make(chan struct{}, 1), retryWait: defaultRetryWait,
 	}
 	if err := t.open(ctx); err != nil {
 		return nil, fmt.Errorf("open %s: %w", u, err)
@@ -328,7 +330,8 @@ func (t *Token) withTPM(ctx context.Context, share hsm.Share, f func(tpm transpo
 
 // do runs f with the living connection, in share's turn. If that turns out to
 // be lost the supervisor connects again, and if again is set do waits for it a
-// short while and runs f once more.
+// short while and runs f once more. When it fails f may still be running: what f
+// writes must not be read, nor its argument be the caller's memory.
 func (t *Token) do(ctx context.Context, share hsm.Share, again bool, f func(*connection) error) error {
 	err := t.once(ctx, share, f)
 	if !again || !isLost(err) || !t.reconnected(ctx) {

@@ -97,6 +97,7 @@ func open(t testing.TB, cfg tpm.Config) *tpm.Token {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = token.Close() })
+	token.SetRetryWait(patience)
 	return token
 }
 
