@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/google/certificate-transparency-go/ctutil"
@@ -301,4 +302,27 @@ func TestLogOfOthers(t *testing.T) {
 	log.Server.CloseClientConnections()
 	log.Server.Close()
 	branch.certificate(t, idp, http.StatusServiceUnavailable)
+}
+
+// TestSignWhileFrozen: with the CT log frozen there is no certificate, and the
+// client says so in the words of the authority, and soon.
+func TestSignWhileFrozen(t *testing.T) {
+	s, idp := newAuditedSite(t)
+	s.init(t)
+	s.configure(t, idp, map[string]any{"shard": "ct1", "origin": "audit.example/ct/ct1", "frozen": true})
+	stop := s.serve()
+	defer stop()
+	dir := t.TempDir()
+	file, token := filepath.Join(dir, "file"), filepath.Join(dir, "token")
+	for path, content := range map[string]string{file: "never signed\n", token: idp.token(t, nil)} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	began := time.Now()
+	r := command(t, nil, binary(t, "chancery"), "sign", "--trust", s.dir, "--token", token, file)
+	t.Logf("the client took %v", time.Since(began))
+	if want := "chancery: error: sign: "; r.code != 1 || !strings.HasPrefix(r.stderr, want) || !strings.Contains(r.stderr, "503 Service Unavailable: ") {
+		t.Errorf("exit status %d\n%s", r.code, r.stderr)
+	}
 }

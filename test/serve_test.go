@@ -52,7 +52,7 @@ func TestServe(t *testing.T) {
 	})
 
 	// A second service on the same state is refused, and harms nothing.
-	if r := command(t, []string{softhsm, "CREDENTIALS_DIRECTORY=" + filepath.Join(dir, "pins")}, chancery, "serve", "--config", path); r.code != 1 || lastError(r.stderr) == "" {
+	if r := command(t, []string{softhsm, "CREDENTIALS_DIRECTORY=" + filepath.Join(dir, "pins")}, chancery, "serve", "--config", path); r.code != 1 || lastError(r.stderr) == "" || !strings.Contains(r.stderr, "\nhint: is the service running already?") {
 		t.Errorf("second service: exit status %d\n%s", r.code, r.stderr)
 	}
 	d.get("/readyz", http.StatusOK)

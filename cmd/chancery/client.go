@@ -1,12 +1,16 @@
 package main
 
 import (
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
@@ -90,7 +94,7 @@ func newSign() *cobra.Command {
 			}
 			bundle, err := client.Sign(cmd.Context(), args[0], token, trust)
 			if err != nil {
-				return err
+				return clientHint(err)
 			}
 			if err := writeNew(out, append(bundle, '\n')); err != nil {
 				return err
@@ -174,7 +178,38 @@ func readToken(r io.Reader) (string, error) {
 	if token == "" || len(raw) > maxToken {
 		return "", fmt.Errorf("read token: empty, or over %d octets", maxToken)
 	}
+	if !looksLikeToken(token) {
+		return "", errors.New("read token: this is no ID token (a JWT, three parts with dots between)")
+	}
 	return token, nil
+}
+
+// looksLikeToken says whether text has the form of an ID token. What is in it,
+// the service judges.
+func looksLikeToken(text string) bool {
+	parts := strings.Split(text, ".")
+	if len(parts) != 3 {
+		return false
+	}
+	for _, part := range parts[:2] {
+		raw, err := base64.RawURLEncoding.DecodeString(part)
+		if err != nil || !json.Valid(raw) {
+			return false
+		}
+	}
+	return true
+}
+
+// clientHint says what usually mends a request that did not reach its service.
+func clientHint(err error) error {
+	var unknown x509.UnknownAuthorityError
+	switch {
+	case errors.As(err, &unknown):
+		return hint(err, "name the PEM file of the authority of the service's TLS certificate with --tls-ca")
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return hint(err, "is the service running?")
+	}
+	return err
 }
 
 // writeNew writes a file that must not exist, whole or not at all.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -71,6 +72,8 @@ func demoHint(err error) error {
 		return hint(err, "install it with: make deps")
 	case errors.Is(err, demo.ErrIncomplete):
 		return hint(err, "name another folder with --dir, or remove this one")
+	case errors.Is(err, syscall.EADDRINUSE):
+		return hint(err, "is this demo running already? stop it first, or try in another folder: --dir FOLDER")
 	}
 	return startHint(err)
 }

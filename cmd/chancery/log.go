@@ -195,9 +195,11 @@ func printStatus(w io.Writer, list []logtool.Status) error {
 		if s.Tree == (logtool.Point{}) {
 			continue // a frozen log without a tree here
 		}
-		row("tree", point(s.Tree))
+		row("tree", sizeOf(s.Tree))
+		row("", rootOf(s.Tree))
 		if s.Head != nil {
-			row("head", point(*s.Head))
+			row("head", sizeOf(*s.Head))
+			row("", rootOf(*s.Head))
 		} else {
 			row("head", "none")
 		}
@@ -227,9 +229,16 @@ func line(w io.Writer) error {
 	return err
 }
 
-func point(p logtool.Point) string {
-	return fmt.Sprintf("%d leaves, root %s, %s", p.Size, p.Root, p.Time.UTC().Format("2006-01-02T15:04:05.000Z"))
+// sizeOf and rootOf are the two lines about a point: in one they are too long.
+func sizeOf(p logtool.Point) string {
+	return fmt.Sprintf("%d leaves, %s", p.Size, p.Time.UTC().Format("2006-01-02T15:04:05.000Z"))
 }
+
+func rootOf(p logtool.Point) string { return "root " + p.Root.String() }
+
+// indented are further lines below one that begins with ten columns of what was
+// done.
+func indented(lines ...string) string { return "\n          " + strings.Join(lines, "\n          ") }
 
 func newLogVerify() *cobra.Command {
 	var f logFlags
@@ -280,14 +289,15 @@ func newLogVerify() *cobra.Command {
 
 // verified says what was proven of a log.
 func verified(r *logtool.Result) string {
-	what := fmt.Sprintf("verified  %s: %s; %d leaves from their octets, every tile, the", r.Name, point(r.Tree), r.Leaves)
-	switch r.State {
-	case logtool.Absent:
+	if r.State == logtool.Absent {
 		return notHere(r.Status)
-	case logtool.Frozen:
-		return fmt.Sprintf("%s last head of %d; frozen", what, headSize(r.Status))
 	}
-	return fmt.Sprintf("%s anchored head of %d%s", what, headSize(r.Status), epochVerified(r.Status))
+	kind, lines := "anchored", epochVerified(r.Status)
+	if r.State == logtool.Frozen {
+		kind, lines = "last", []string{"frozen: it has a successor"}
+	}
+	proven := fmt.Sprintf("%d leaves from their octets, every tile, the %s head of %d", r.Leaves, kind, headSize(r.Status))
+	return fmt.Sprintf("verified  %s: %s%s", r.Name, sizeOf(r.Tree), indented(append([]string{rootOf(r.Tree), proven}, lines...)...))
 }
 
 // notHere says that of an old shard nothing was looked at.
@@ -296,11 +306,11 @@ func notHere(s *logtool.Status) string {
 }
 
 // epochVerified says that the counter was looked at.
-func epochVerified(s *logtool.Status) string {
+func epochVerified(s *logtool.Status) []string {
 	if s.Counter == nil {
-		return ""
+		return nil
 	}
-	return fmt.Sprintf(", epoch %d of the hardware counter", s.Epoch)
+	return []string{fmt.Sprintf("epoch %d of the hardware counter", s.Epoch)}
 }
 
 func headSize(s *logtool.Status) uint64 {
@@ -335,7 +345,7 @@ func newLogExport() *cobra.Command {
 					p.printf(cmd.OutOrStdout(), "%s\n", notHere(&s))
 					continue
 				}
-				p.printf(cmd.OutOrStdout(), "exported  %s: %s\n          %s/%s\n", s.Name, point(*s.Head), args[0], logs[i].Path)
+				p.printf(cmd.OutOrStdout(), "exported  %s: %s%s\n", s.Name, sizeOf(*s.Head), indented(rootOf(*s.Head), args[0]+"/"+logs[i].Path))
 			}
 			return nil
 		},
@@ -364,7 +374,7 @@ func newLogBackup() *cobra.Command {
 				return logHint(err)
 			}
 			for _, s := range m.Logs {
-				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s\n", s.Name, point(s.Tree)); err != nil {
+				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s%s\n", s.Name, sizeOf(s.Tree), indented(rootOf(s.Tree))); err != nil {
 					return err
 				}
 			}
@@ -373,7 +383,7 @@ func newLogBackup() *cobra.Command {
 				if s.Head == nil {
 					proven = "not proven: see chancery log status"
 				}
-				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s; an old shard, %s\n", s.Name, point(s.Tree), proven); err != nil {
+				if _, err := fmt.Fprintf(cmd.OutOrStdout(), "backed up %s: %s%s\n", s.Name, sizeOf(s.Tree), indented(rootOf(s.Tree), "an old shard, "+proven)); err != nil {
 					return err
 				}
 			}

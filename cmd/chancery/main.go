@@ -88,6 +88,10 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		// With a command that does not exist no flag of its is known either.
+		if cmd.HasSubCommands() && cmd.Flags().NArg() > 0 {
+			err = fmt.Errorf("unknown command %q", cmd.Flags().Arg(0))
+		}
 		return &usageError{err: err, command: cmd.CommandPath()}
 	})
 	root.AddCommand(newDemo(), newServe(), newInit(), newConfig(), newSign(), newVerify(), newLog(), newHSM(), newPolicy(), newAudit(), newStatus(), newVersion())

@@ -75,7 +75,7 @@ func Sign(ctx context.Context, path, token string, trust Trust) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	opts, err := bundleOptions(services, tlsConfig, key, token)
+	opts, err := bundleOptions(ctx, services, tlsConfig, key, token)
 	if err != nil {
 		return nil, err
 	}
@@ -131,17 +131,17 @@ func check(b *bundle.Bundle, trusted root.TrustedMaterial, digest [sha256.Size]b
 }
 
 // bundleOptions selects the services that are valid now, as every client does.
-func bundleOptions(services *root.SigningConfig, tlsConfig *tls.Config, key *keypair, token string) (sign.BundleOptions, error) {
+func bundleOptions(ctx context.Context, services *root.SigningConfig, tlsConfig *tls.Config, key *keypair, token string) (sign.BundleOptions, error) {
 	var opts sign.BundleOptions
 	now := time.Now()
 	// Each transport gets a copy: it adds the protocols that it speaks.
-	transport := &http.Transport{TLSClientConfig: tlsConfig.Clone(), Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true}
+	transport := patient{ctx, &http.Transport{TLSClientConfig: tlsConfig.Clone(), Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true}}
 	ca, err := root.SelectService(services.FulcioCertificateAuthorityURLs(), sign.FulcioAPIVersions, now)
 	if err != nil {
 		return opts, fmt.Errorf("select certificate authority: %w", err)
 	}
 	opts.CertificateProvider = certifier{key: key, fulcio: sign.NewFulcio(&sign.FulcioOptions{
-		BaseURL: ca.URL, Timeout: callTimeout, Retries: 1, Transport: transport,
+		BaseURL: ca.URL, Timeout: callTimeout, Transport: transport,
 	})}
 	opts.CertificateProviderOptions = &sign.CertificateProviderOptions{IDToken: token}
 
@@ -151,7 +151,7 @@ func bundleOptions(services *root.SigningConfig, tlsConfig *tls.Config, key *key
 	}
 	for _, tsa := range tsas {
 		opts.TimestampAuthorities = append(opts.TimestampAuthorities, sign.NewTimestampAuthority(&sign.TimestampAuthorityOptions{
-			URL: tsa.URL, Timeout: callTimeout, Retries: 1, Transport: transport,
+			URL: tsa.URL, Timeout: callTimeout, Transport: transport,
 		}))
 	}
 	logs, err := root.SelectServices(services.RekorLogURLs(), services.RekorLogURLsConfig(), []uint32{2}, now)

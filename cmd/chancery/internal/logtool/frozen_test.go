@@ -1,6 +1,7 @@
 package logtool_test
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"log/slog"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/logtool"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/logtool/logtooltest"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
@@ -21,9 +23,98 @@ import (
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
 
+// backUp copies anchor and database of the logs of a stopped service and returns
+// what puts them back.
+func backUp(t *testing.T, s *logtooltest.Service) (putBack func()) {
+	t.Helper()
+	old := filepath.Join(t.TempDir(), "old")
+	for _, part := range []string{"anchor", "log"} {
+		logtooltest.Must(t, os.CopyFS(filepath.Join(old, part), os.DirFS(filepath.Join(s.Config.State, part))))
+	}
+	return func() {
+		for _, part := range []string{"anchor", "log"} {
+			to := filepath.Join(s.Config.State, part)
+			logtooltest.Must(t, errors.Join(os.RemoveAll(to), os.CopyFS(to, os.DirFS(filepath.Join(old, part)))))
+		}
+	}
+}
+
+// TestFrozenRollback: an old anchor with the old database that fits it is not
+// where the log ended, by the record; without a record nothing can say so.
+func TestFrozenRollback(t *testing.T) {
+	record := func(s *logtooltest.Service, role hsm.Role, old map[hsm.Role]hsm.Key) string {
+		spki, err := hsm.SPKIHash(old[role].Public())
+		logtooltest.Must(t, err)
+		return filepath.Join(s.Config.Trust, trust.LastHeadName(spki))
+	}
+	for _, test := range []struct {
+		name string
+		// from are the leaves when the copy is made that is put back, end and
+		// last those when the head is put on record and when the logs end.
+		from, end, last int
+		change          func(t *testing.T, path string)
+		want            string // "": frozen
+	}{
+		{"ends as on record", 20, 20, 20, nil, ""},
+		{"put back", 10, 20, 20, nil, "the anchored head has 10 leaves, the one on record"},
+		{"went on after the record", 30, 20, 30, nil, "the log went on after its end was recorded"},
+		{"put back, never recorded", 10, 20, 20, func(t *testing.T, path string) { logtooltest.Must(t, os.Remove(path)) }, ""},
+		{"a record of nothing", 20, 20, 20, func(t *testing.T, path string) { logtooltest.Must(t, os.WriteFile(path, nil, 0o600)) }, trust.ErrLastHead.Error()},
+		{"a record that was changed", 20, 20, 20, func(t *testing.T, path string) {
+			b, err := os.ReadFile(path)
+			logtooltest.Must(t, err)
+			logtooltest.Must(t, os.WriteFile(path, bytes.Replace(b, []byte("20"), []byte("10"), 1), 0o600))
+		}, trust.ErrLastHead.Error()},
+		{"a folder", 20, 20, 20, func(t *testing.T, path string) {
+			logtooltest.Must(t, errors.Join(os.Remove(path), os.Mkdir(path, 0o700)))
+		}, "is a directory"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := small(t, 10)
+			old := s.Keys
+			fill := func(from, to int) {
+				logtooltest.Must(t, errors.Join(s.Start(), s.Fill(logtooltest.CT, to-from), s.Fill(logtooltest.Rekor, to-from), s.Stop()))
+			}
+			putBack := backUp(t, s)
+			fill(10, test.end)
+			logtooltest.Must(t, errors.Join(s.Record(logtooltest.CT, old), s.Record(logtooltest.Rekor, old)))
+			records := map[string][]byte{}
+			for _, role := range []hsm.Role{hsm.RoleCT, hsm.RoleRekor} {
+				path := record(s, role, old)
+				b, err := os.ReadFile(path)
+				logtooltest.Must(t, err)
+				records[path] = b
+			}
+			if test.last > test.end {
+				fill(test.end, test.last)
+			}
+			if test.from == 10 {
+				putBack()
+			}
+			logtooltest.Must(t, s.Rotate())
+			for path, b := range records {
+				logtooltest.Must(t, os.WriteFile(path, b, 0o600))
+				if test.change != nil {
+					test.change(t, path)
+				}
+			}
+			for _, name := range []string{logtooltest.CT, logtooltest.Rekor} {
+				st, err := find(t, s, name)[0].Check(t.Context())
+				logtooltest.Must(t, err)
+				if state := st.State; (state == logtool.Frozen) != (test.want == "") || !strings.Contains(st.Reason, test.want) || errors.Is(st.Err(), logtool.ErrFrozen) != (test.want != "") {
+					t.Errorf("%s is %s: %s, want %q", name, state, st.Reason, test.want)
+				}
+				if _, err := find(t, s, name)[0].Verify(t.Context(), 0, &counter{}); errors.Is(err, logtool.ErrFrozen) != (test.want != "") {
+					t.Errorf("verify %s: %v", name, err)
+				}
+			}
+		})
+	}
+}
+
 // rotatedOnce is a stopped service whose logs of 300 leaves have successors of 5.
 var rotatedOnce = sync.OnceValues(func() (*logtooltest.Service, error) {
-	dir, err := os.MkdirTemp("", "logtool-")
+	dir, err := folder()
 	if err != nil {
 		return nil, err
 	}

@@ -79,6 +79,9 @@ type Log struct {
 	// and LogPlace.Counter is not, the anchor's epoch is shown and not compared
 	// with it.
 	Hardware head.Counter
+
+	// checkEnd holds the anchored head of a frozen log against the one on record.
+	checkEnd func(head.Head) error
 }
 
 // Find returns the configured logs and after them the frozen ones, or the one
@@ -105,7 +108,7 @@ func Find(cfg *config.Config, name string) ([]Log, error) {
 		return nil, err
 	}
 	for _, l := range frozen {
-		logs = append(logs, Log{LogPlace: l.LogPlace, Public: l.Key, Frozen: true})
+		logs = append(logs, Log{LogPlace: l.LogPlace, Public: l.Key, Frozen: true, checkEnd: l.CheckEnd})
 	}
 	if name == "" {
 		return logs, nil
@@ -331,7 +334,7 @@ func (l Log) check(ctx context.Context, f *files, anchor head.AnchorState, ancho
 	}
 	if l.Frozen {
 		s.Epoch = rec.Epoch
-		s.end()
+		s.end(l.checkEnd)
 		return s, nil
 	}
 	return s, l.checkEpoch(ctx, s, anchorErr)
@@ -347,8 +350,13 @@ func (l Log) without(absent bool) *Status {
 }
 
 // end turns the state of a log that could go on into that of a frozen one. Of
-// the slots of an anchor that is not written again one is enough.
-func (s *Status) end() {
+// the slots of an anchor that is not written again one is enough. onRecord holds
+// the anchored head against the one on record.
+func (s *Status) end(onRecord func(head.Head) error) {
+	var err error
+	if s.State == Consistent && s.Head != nil {
+		err = onRecord(s.anchor.Record.Head)
+	}
 	switch {
 	case s.State == Accepted:
 		s.Reason = "an operator accepted a loss, and no head was signed after it"
@@ -357,6 +365,8 @@ func (s *Status) end() {
 		s.Reason = "the anchor holds no head"
 	case s.Pending > 0:
 		s.Reason = fmt.Sprintf("%d leaves after the last head: nobody signed for them", s.Pending)
+	case err != nil:
+		s.Reason = err.Error()
 	case len(s.DamagedSlots) > 0:
 		s.State, s.Reason = Frozen, fmt.Sprintf("slot %d of the anchor is damaged", s.DamagedSlots[0])
 		return

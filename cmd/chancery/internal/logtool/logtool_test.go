@@ -45,7 +45,7 @@ const leaves = 66 * 256
 // large is a stopped service with a signature log of that many leaves and a CT
 // log of 300. Tests copy it.
 var large = sync.OnceValues(func() (*logtooltest.Service, error) {
-	dir, err := os.MkdirTemp("", "logtool-")
+	dir, err := folder()
 	if err != nil {
 		return nil, err
 	}
@@ -56,12 +56,20 @@ var large = sync.OnceValues(func() (*logtooltest.Service, error) {
 	return s, errors.Join(s.Start(), s.Fill(logtooltest.Rekor, leaves), s.Fill(logtooltest.CT, 300), s.Stop())
 })
 
+// folders are those that tests share.
+var folders []string
+
+// folder makes a folder that outlives a test.
+func folder() (string, error) {
+	dir, err := os.MkdirTemp("", "logtool-")
+	folders = append(folders, dir)
+	return dir, err
+}
+
 func TestMain(m *testing.M) {
 	code := m.Run()
-	for _, made := range []func() (*logtooltest.Service, error){large, rotatedOnce} {
-		if s, err := made(); err == nil {
-			_ = os.RemoveAll(s.Dir)
-		}
+	for _, dir := range folders {
+		_ = os.RemoveAll(dir)
 	}
 	os.Exit(code)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/config"
 	"github.com/chancery-ca/chancery/hsm"
+	"github.com/chancery-ca/chancery/log/head"
 	"github.com/chancery-ca/chancery/log/tree"
 )
 
@@ -66,6 +67,40 @@ type FrozenLog struct {
 	// no configuration names them any more. Nor need the files be there.
 	LogPlace
 	Key *ecdsa.PublicKey
+	// Record is where the ceremony that made the successor put the last head.
+	// There is none if the ceremony was given none.
+	Record string
+}
+
+// ErrEnd: a frozen log does not end with the head on record.
+var ErrEnd = errors.New("frozen log does not end with the head on record")
+
+// CheckEnd holds the anchored head against the one on record, if there is one.
+// Anchor and tree prove each other; that both are the last ones, and not a copy
+// of before, only a record elsewhere can say. Errors: ErrEnd, also for a record
+// that is not one of this log.
+func (l FrozenLog) CheckEnd(h head.Head) error {
+	content, err := readAtMost(l.Record, trust.MaxLastHead)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrEnd, err)
+	}
+	last, err := trust.ParseLastHead(l.Key, content)
+	switch {
+	case err != nil:
+		err = fmt.Errorf("%s: %w", l.Record, err)
+	case h.Size < last.Size:
+		err = fmt.Errorf("the anchored head has %d leaves, the one on record (%s) %d: an old anchor and database were put back", h.Size, l.Record, last.Size)
+	case h.Size > last.Size:
+		err = fmt.Errorf("the anchored head has %d leaves, the one on record (%s) %d: the log went on after its end was recorded", h.Size, l.Record, last.Size)
+	case h.Root != last.Root:
+		err = fmt.Errorf("the anchored head of %d leaves has the root %x, the one on record (%s) %x", h.Size, h.Root, l.Record, last.Root)
+	default:
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrEnd, err)
 }
 
 // FrozenLogs returns the shards of the trust folder's trusted root that are
@@ -92,7 +127,12 @@ func FrozenLogs(cfg *config.Config, current map[hsm.Role]crypto.PublicKey) ([]Fr
 			shard, ours := strings.CutPrefix(l.BaseURL, cfg.URL+of.path)
 			p := place(cfg, of.role, shard)
 			if ours && tree.CheckName(p.Name) == nil && !l.PublicKey.Equal(current[of.role]) {
-				frozen = append(frozen, FrozenLog{p, l.PublicKey})
+				spki, err := hsm.SPKIHash(l.PublicKey)
+				if err != nil {
+					return nil, fmt.Errorf("key of log %s: %w", p.Name, err)
+				}
+				record := filepath.Join(cfg.Trust, filepath.FromSlash(trust.LastHeadName(spki)))
+				frozen = append(frozen, FrozenLog{p, l.PublicKey, record})
 			}
 		}
 	}

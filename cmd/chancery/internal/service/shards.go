@@ -54,6 +54,9 @@ func (s *Service) serveShard(ctx context.Context, shard FrozenLog, roots []*x509
 		}
 		return rekor.NewFormat(of, shard.Key)
 	})
+	if err == nil {
+		err = shard.CheckEnd(heads.Latest().Head)
+	}
 	if err != nil {
 		return err
 	}

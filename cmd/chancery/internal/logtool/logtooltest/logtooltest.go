@@ -123,13 +123,13 @@ func (s *Service) writeTrust() error {
 }
 
 // Rotate gives both logs of a stopped service successors with other keys, as a
-// ceremony does: CT and Rekor are old shards then.
+// ceremony does: CT and Rekor are old shards then, with their last heads on record.
 func (s *Service) Rotate() (err error) {
 	old := s.Keys
 	s.Keys = maps.Clone(old)
 	s.Keys[hsm.RoleCT], s.Keys[hsm.RoleRekor] = hsmtest.SoftwareKey(hsm.ECDSAP256), hsmtest.SoftwareKey(hsm.ECDSAP256)
 	text := strings.NewReplacer("shard: ct1", "shard: ct2", "shard: log1", "shard: log2").Replace(configText)
-	if err := errors.Join(s.writeTrust(), s.WriteRoot(old), s.write("chancery.yaml", []byte(text))); err != nil {
+	if err := errors.Join(s.Record(CT, old), s.Record(Rekor, old), s.writeTrust(), s.WriteRoot(old), s.write("chancery.yaml", []byte(text))); err != nil {
 		return err
 	}
 	if s.Config, err = config.Load(filepath.Join(s.Dir, "chancery.yaml")); err != nil {
@@ -157,6 +157,37 @@ func (s *Service) WriteRoot(old map[hsm.Role]hsm.Key) error {
 	ct, ctErr := logs(hsm.RoleCT, "ct/ct")
 	text, jsonErr := json.Marshal(object{"mediaType": trust.RootMediaType, "tlogs": signature, "ctlogs": ct})
 	return errors.Join(err, ctErr, jsonErr, s.write(filepath.Join("trust", "trusted_root.json"), text))
+}
+
+// Record puts the anchored head of an old shard where a ceremony puts it.
+func (s *Service) Record(name string, old map[hsm.Role]hsm.Key) error {
+	role := hsm.RoleCT
+	if strings.HasPrefix(name, "rekor-") {
+		role = hsm.RoleRekor
+	}
+	spki, err := hsm.SPKIHash(old[role].Public())
+	if err != nil {
+		return err
+	}
+	a, err := head.ReadAnchor(filepath.Join(s.Config.State, "anchor", name+".anchor"))
+	if err != nil {
+		return err
+	}
+	last := a.Record.Note
+	if role == hsm.RoleCT {
+		if last, err = sth(a.Record.Signed); err != nil {
+			return err
+		}
+	}
+	return s.write(filepath.Join("trust", trust.LastHeadName(spki)), last)
+}
+
+// sth is the answer to get-sth.
+func sth(h head.Signed) ([]byte, error) {
+	signature := binary.BigEndian.AppendUint16([]byte{4, 3}, uint16(len(h.Signature)))
+	return json.Marshal(gct.GetSTHResponse{
+		TreeSize: h.Size, Timestamp: uint64(h.Time.UnixMilli()), SHA256RootHash: h.Root[:], TreeHeadSignature: append(signature, h.Signature...),
+	})
 }
 
 // Copy copies a stopped service to another folder, with its keys.
