@@ -136,7 +136,8 @@ type Config struct {
 	Dir string
 	// Now is the one clock. Records carry max(now, time of the last record).
 	Now func() (time.Time, error)
-	// Sealer signs the newest line every SealEvery and at Close; nil is none.
+	// Sealer signs the newest line every SealEvery and at Close, and ten minutes
+	// after it failed or Open found no seal at the end; nil is none.
 	Sealer    Sealer
 	SealEvery time.Duration // 0 is a day
 	// MaxFile is the size after which a new file begins, 0 is 64 MiB.
@@ -152,7 +153,8 @@ const (
 	maxLine       = 64 << 10 // octets
 	defaultFile   = 64 << 20
 	defaultSeal   = 24 * time.Hour
-	sealTimeout   = 30 * time.Second
+	sealTimeout   = 10 * time.Second // nothing is written meanwhile
+	sealAgain     = 10 * time.Minute
 	strangerRate  = 5 // records of requests that did not authenticate, per second
 	strangerBurst = 100
 	omittedEvery  = time.Minute
@@ -306,7 +308,7 @@ func (l *Log) close() error {
 // run is the writer's goroutine.
 func (l *Log) run() {
 	defer close(l.done)
-	seal := time.NewTicker(l.cfg.SealEvery)
+	seal := time.NewTimer(l.nextSeal())
 	defer seal.Stop()
 	omitted := time.NewTicker(omittedEvery)
 	defer omitted.Stop()
@@ -318,6 +320,7 @@ func (l *Log) run() {
 			l.commit(l.countOmitted())
 		case <-seal.C:
 			l.seal()
+			seal.Reset(l.nextSeal())
 		case <-l.stop:
 			l.drain()
 			return
@@ -384,6 +387,14 @@ func (l *Log) commit(batch []*entry) {
 			e.done <- err
 		}
 	}
+}
+
+// nextSeal is the time to the next seal.
+func (l *Log) nextSeal() time.Duration {
+	if l.w.sealed {
+		return l.cfg.SealEvery
+	}
+	return min(l.cfg.SealEvery, sealAgain)
 }
 
 // seal has the newest line timestamped. Without new records since the last

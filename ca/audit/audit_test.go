@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -469,6 +470,55 @@ func TestSeals(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// TestSealsInTime: a seal a day of what is new, one that failed soon again, and
+// one soon of what a process left unsealed when it ended.
+func TestSealsInTime(t *testing.T) {
+	for name, test := range map[string]struct {
+		fails int64 // times
+		after time.Duration
+	}{"left unsealed": {0, sealAgain}, "failed twice": {2, 3 * sealAgain}} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := t.TempDir()
+			now := func() (time.Time, error) { return time.Now(), nil }
+			s := new(moody)
+			s.fails.Store(test.fails)
+			l := open(t, Config{Dir: dir, Now: now, Sealer: s}) // Create has left a line
+			seals := func(want int64, when string) {
+				t.Helper()
+				synctest.Wait()
+				if n := s.made.Load(); n != want {
+					t.Errorf("%s: %d seals %s, want %d", name, n, when, want)
+				}
+			}
+			time.Sleep(test.after - time.Second) // the bubble's clock
+			seals(0, "before the time")
+			time.Sleep(time.Second)
+			seals(1, "at the time")
+			time.Sleep(2 * defaultSeal)
+			seals(1, "when nothing was new")
+			appendTo(t, l, 1)
+			time.Sleep(defaultSeal)
+			seals(2, "a day after a record")
+			shut(t, l)
+			seals(2, "at the end")
+			if _, err := Verify(dir, checkSeal, nil, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// moody is a sealer that fails a few times first.
+type moody struct{ fails, made atomic.Int64 }
+
+func (m *moody) Timestamp(_ context.Context, digest [sha256.Size]byte) ([]byte, error) {
+	if m.fails.Add(-1) >= 0 {
+		return nil, errors.New("token busy")
+	}
+	m.made.Add(1)
+	return digest[:], nil
 }
 
 // TestSealOfAFullFile: a seal stands behind the line that it is over, also where

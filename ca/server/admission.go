@@ -12,7 +12,7 @@ import (
 // at its own pace, between a dozen and thousands of signatures in a second, and
 // a request too many makes all who wait wait longer, until every answer is too
 // late and none is of use. So the pace is measured, the time from one
-// certificate to the next while there is work, and the request that would be
+// certificate to the next while one is made, and the request that would be
 // number n in work is let in if n times that is no longer than wait.
 //
 // It looks at a request before anything of it is verified: to refuse costs next
@@ -23,7 +23,7 @@ type admission struct {
 	mu     sync.Mutex
 	inWork int
 	pace   time.Duration // from one certificate to the next, averaged
-	since  time.Time     // when the last certificate was made, or work began after none
+	since  time.Time     // when the last certificate was made
 }
 
 const (
@@ -62,23 +62,24 @@ func (a *admission) enter() error {
 	if a.inWork >= mostInWork || a.inWork >= fewInWork && expected > a.wait {
 		return &busyError{expected}
 	}
-	if a.inWork == 0 {
-		a.since = time.Now()
-	}
 	a.inWork++
 	return nil
 }
 
-// leave is the end of a request that was let in; issued says whether it got a
-// certificate. A refused one says nothing about the pace.
-func (a *admission) leave(issued bool) {
+// leave is the end of a request that was let in. One that got a certificate says
+// when the making of it began; of another that is zero: it says nothing about the
+// pace, nor does the time in which nobody asked for more than a refusal.
+func (a *admission) leave(began time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.inWork--
-	if !issued {
+	if began.IsZero() {
 		return
 	}
+	if began.Before(a.since) {
+		began = a.since
+	}
 	now := time.Now()
-	a.pace += (min(now.Sub(a.since), a.wait) - a.pace) / paceWeight
+	a.pace += (min(now.Sub(began), a.wait) - a.pace) / paceWeight
 	a.since = now
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,7 @@ type token struct {
 
 	line []time.Time // when who waits arrived
 	busy []time.Time // when each session is free, zero if it is
+	made []time.Time // when who is being served arrived
 }
 
 // run offers a request every interval for a while and returns how many were
@@ -28,7 +30,7 @@ func (d *token) run(interval, during time.Duration) (issued, refused int, longes
 		now := time.Now()
 		for i, free := range d.busy {
 			if !free.IsZero() && !free.After(now) {
-				d.a.leave(true)
+				d.a.leave(d.made[i])
 				issued++
 				d.busy[i] = time.Time{}
 			}
@@ -43,7 +45,7 @@ func (d *token) run(interval, during time.Duration) (issued, refused int, longes
 		most = max(most, d.a.inWork)
 		for i, free := range d.busy {
 			if free.IsZero() && len(d.line) > 0 {
-				d.busy[i] = now.Add(d.each)
+				d.busy[i], d.made[i] = now.Add(d.each), d.line[0]
 				longest = max(longest, d.busy[i].Sub(d.line[0]))
 				d.line = d.line[1:]
 			}
@@ -71,7 +73,7 @@ func TestAdmission(t *testing.T) {
 		for load, interval := range map[string]time.Duration{"a tenth": 10 * capacity, "full": capacity * 100 / 95, "four times": capacity / 4} {
 			t.Run(test.name+", "+load, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					d := &token{a: newAdmission(wait), sessions: test.sessions, each: test.each, busy: make([]time.Time, test.sessions)}
+					d := &token{a: newAdmission(wait), sessions: test.sessions, each: test.each, busy: make([]time.Time, test.sessions), made: make([]time.Time, test.sessions)}
 					d.run(interval, 30*time.Second) // the pace is learnt
 					issued, refused, longest, most := d.run(interval, 30*time.Second)
 					possible := int(30 * time.Second / max(capacity, interval))
@@ -80,6 +82,9 @@ func TestAdmission(t *testing.T) {
 					}
 					if interval > capacity && refused > 0 {
 						t.Errorf("%d refused by a token that keeps up", refused)
+					}
+					if enough := min(mostInWork, int(wait/capacity)) / 2; interval < capacity && most < enough {
+						t.Errorf("%d in work at most, %d could be", most, 2*enough)
 					}
 					if interval < capacity && refused < 2*possible {
 						t.Errorf("%d refused at four times the capacity", refused)
@@ -94,6 +99,38 @@ func TestAdmission(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestAdmissionOfStrangers: requests that come to nothing, however many, do not
+// make the token look slow when hardly anybody asks for a certificate.
+func TestAdmissionOfStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAdmission(2 * time.Second)
+		var all sync.WaitGroup
+		end := time.Now().Add(time.Minute)
+		for range 4 * fewInWork { // there are always as many in work
+			all.Go(func() {
+				for time.Now().Before(end) {
+					if err := a.enter(); err != nil {
+						t.Error(err)
+						return
+					}
+					time.Sleep(50 * time.Millisecond) // the bubble's clock
+					a.leave(time.Time{})
+				}
+			})
+		}
+		for time.Now().Before(end) {
+			time.Sleep(3 * time.Second)
+			if err := a.enter(); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			time.Sleep(10 * time.Millisecond)
+			a.leave(began)
+		}
+		all.Wait()
+	})
 }
 
 // TestAdmissionRefuses: what the refused get, and that those who fail give
@@ -113,7 +150,7 @@ func TestAdmissionRefuses(t *testing.T) {
 	if got := failureOf(t.Context(), err); got.status != 503 || got.retry != 2 {
 		t.Errorf("failure %+v, want 503 and to try again after 2 s", got)
 	}
-	a.leave(false)
+	a.leave(time.Time{})
 	if err := a.enter(); err != nil {
 		t.Errorf("after one left: %v", err)
 	}

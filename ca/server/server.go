@@ -208,7 +208,8 @@ func (s *Server) issue(ctx context.Context, id, token string, msg *fulcio.Create
 	if err := s.admission.enter(); err != nil {
 		return nil, err
 	}
-	defer func() { s.admission.leave(err == nil) }()
+	var began time.Time // zero without a certificate
+	defer func() { s.admission.leave(began) }()
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
 	principal, err := s.cfg.Identity.Verify(ctx, token)
@@ -221,10 +222,12 @@ func (s *Server) issue(ctx context.Context, id, token string, msg *fulcio.Create
 		s.cfg.Authority.Refused(id, principal, err)
 		return nil, err
 	}
+	start := time.Now()
 	cert, err = s.cfg.Authority.Issue(ctx, ca.Request{ID: id, Principal: principal, Public: public})
 	if err != nil {
 		return nil, err
 	}
+	began = start
 	s.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "certificate issued",
 		slog.String("request", id), slog.String("serial", cert.Serial), logIndex(cert))
 	return cert, nil

@@ -206,15 +206,16 @@ func (a *Authority) sign(ctx context.Context, attributes []byte) ([]byte, error)
 
 // time is the next genTime: the clock's, in whole seconds, but never earlier
 // than the last one. A clock that is more than the accuracy behind the last
-// genTime is not believed.
+// genTime is not believed. It is read where the last one cannot change: a request
+// that pauses between the two would look like a clock that went back.
 func (a *Authority) time() (time.Time, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	now, err := a.now()
 	if err != nil {
 		return time.Time{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	genTime := now.UTC().Truncate(time.Second)
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	if genTime.Before(a.last) {
 		if a.last.Sub(now) > accuracy*time.Second {
 			return time.Time{}, fmt.Errorf("%w: clock is %s behind the last timestamp", ErrUnavailable, a.last.Sub(now))

@@ -18,8 +18,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -467,6 +469,30 @@ func TestSerialNeedsRandomness(t *testing.T) {
 	if err != nil || s.Sign() != 1 || s.BitLen() != 159 {
 		t.Errorf("all ones: %v, %v", s, err)
 	}
+}
+
+// TestClockOfMany: a clock that only goes forward refuses nobody, however long a
+// request pauses after it has read it.
+func TestClockOfMany(t *testing.T) {
+	f := newFixture(t, hsmtest.SoftwareKey(hsm.ECDSAP256))
+	var readings atomic.Int64
+	f.now = func() (time.Time, error) {
+		n := readings.Add(1)
+		runtime.Gosched()
+		return testStart.Add(time.Duration(2*n) * time.Second), nil
+	}
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 1000 {
+				if _, err := f.time(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 // TestConcurrent: one signature for each timestamp, serial numbers unique,
