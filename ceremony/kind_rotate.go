@@ -1,20 +1,14 @@
 package ceremony
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/base64"
-	"encoding/binary"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -37,12 +31,6 @@ type Rotation struct {
 	// that is signed by then verifies for ever.
 	Overlap string `yaml:"overlap"`
 }
-
-// frozenFolder has the last checkpoints of shards.
-const frozenFolder = "frozen/"
-
-// maxCheckpoint bounds a checkpoint, in octets.
-const maxCheckpoint = 4096
 
 // frozenData is the result of StepFreeze.
 type frozenData struct {
@@ -182,7 +170,7 @@ func parseFrozen(old trust.Log, answer string) (frozenData, error) {
 		reason, err := checkReason(reason)
 		return frozenData{Missing: reason}, err
 	}
-	content, err := readBounded(answer, maxCheckpoint)
+	content, err := readBounded(answer, trust.MaxLastHead)
 	if err != nil {
 		return frozenData{}, err
 	}
@@ -215,68 +203,13 @@ func (f *facts) takeFreeze(rec *Record, s Step) error {
 }
 
 // verifyFrozen verifies a checkpoint with the key of its log and returns its
-// size. It accepts a signed note (C2SP signed-note, tlog-checkpoint) with an
-// ECDSA signature over SHA-256 of its text, and the answer of a CT log to
-// get-sth (RFC 6962, 4.3).
+// size.
 func verifyFrozen(pub *ecdsa.PublicKey, content []byte) (uint64, error) {
-	if len(content) > maxCheckpoint {
-		return 0, fmt.Errorf("%w: more than %d octets", ErrFrozen, maxCheckpoint)
-	}
-	if bytes.HasPrefix(content, []byte("{")) {
-		return verifySTH(pub, content)
-	}
-	text, signatures, ok := strings.Cut(string(content), "\n\n")
-	lines := strings.Split(text, "\n")
-	if !ok || len(lines) < 3 {
-		return 0, fmt.Errorf("%w: not a signed note", ErrFrozen)
-	}
-	size, err := strconv.ParseUint(lines[1], 10, 63)
-	root, rootErr := base64.StdEncoding.DecodeString(lines[2])
-	if err != nil || rootErr != nil || len(root) != sha256.Size {
-		return 0, fmt.Errorf("%w: no size and root", ErrFrozen)
-	}
-	digest := sha256.Sum256([]byte(text + "\n"))
-	spki, err := hsm.SPKIHash(pub)
+	last, err := trust.ParseLastHead(pub, content)
 	if err != nil {
-		return 0, err
-	}
-	for line := range strings.SplitSeq(signatures, "\n") {
-		fields := strings.Fields(line)
-		if len(fields) != 3 || fields[0] != "—" {
-			continue
-		}
-		sig, err := base64.StdEncoding.DecodeString(fields[2])
-		if err == nil && len(sig) > 4 && bytes.Equal(sig[:4], spki[:4]) && ecdsa.VerifyASN1(pub, digest[:], sig[4:]) {
-			return size, nil
-		}
-	}
-	return 0, fmt.Errorf("%w: no signature of the shard's key", ErrFrozen)
-}
-
-// verifySTH verifies a signed tree head (RFC 6962, 3.5).
-func verifySTH(pub *ecdsa.PublicKey, content []byte) (uint64, error) {
-	var sth struct {
-		Size      uint64 `json:"tree_size"`
-		Timestamp uint64 `json:"timestamp"`
-		Root      []byte `json:"sha256_root_hash"`
-		Signature []byte `json:"tree_head_signature"`
-	}
-	if err := json.Unmarshal(content, &sth); err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrFrozen, err)
 	}
-	// DigitallySigned (RFC 5246, 4.7): SHA-256, ECDSA, length, signature.
-	s := sth.Signature
-	if len(sth.Root) != sha256.Size || len(s) < 4 || s[0] != 4 || s[1] != 3 || int(binary.BigEndian.Uint16(s[2:4])) != len(s)-4 {
-		return 0, fmt.Errorf("%w: not an answer to get-sth", ErrFrozen)
-	}
-	message := []byte{0, 1} // v1, tree_hash
-	message = binary.BigEndian.AppendUint64(message, sth.Timestamp)
-	message = binary.BigEndian.AppendUint64(message, sth.Size)
-	digest := sha256.Sum256(append(message, sth.Root...))
-	if !ecdsa.VerifyASN1(pub, digest[:], s[4:]) {
-		return 0, fmt.Errorf("%w: no signature of the log's key", ErrFrozen)
-	}
-	return sth.Size, nil
+	return last.Size, nil
 }
 
 // oldLog is the shard that the role's new one follows.
@@ -458,7 +391,7 @@ func (f *facts) rotatedFiles() ([]File, error) {
 		files = append(files, newFile(string(l.role)+".pub",
 			pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: f.keys[f.def.keyOfRole(l.role)].evidence.PublicKey})))
 		if frozen := f.frozen[string(l.role)]; frozen.Missing == "" && len(frozen.Checkpoint) > 0 {
-			files = append(files, newFile(frozenFolder+frozen.Log[:16]+".checkpoint", frozen.Checkpoint))
+			files = append(files, newFile(trust.LastHeadName(f.before.ring.Keys[l.role].SPKI), frozen.Checkpoint))
 		}
 	}
 	trusted, err := f.trustFiles()

@@ -103,6 +103,7 @@ func rotation(t *testing.T, cosignPath string) {
 	r.oldLogs()
 	r.stop()
 	r.revokedStops(genesis, last)
+	r.otherEnd(genesis, last, oldLast)
 	r.damagedShard(last)
 }
 
@@ -894,6 +895,31 @@ func (r *room) revokedStops(genesis, last string) {
 	if got := command(r.t, r.s.env, binary(r.t, "chancery"), "serve", "--config", r.s.config); got.code != 77 || !strings.Contains(lastError(got.stderr), "certificate is revoked") {
 		r.t.Errorf("a revoked intermediate: exit status %d\n%s", got.code, got.stderr)
 	}
+}
+
+// otherEnd has a head on record that the old shard's key signed and that is not
+// the one with which it ends, as when an old copy of the shard was put back:
+// nothing of it is shown.
+func (r *room) otherEnd(genesis, last string, seen []byte) {
+	r.t.Helper()
+	trust := filepath.Join(r.t.TempDir(), "trust")
+	if err := os.CopyFS(trust, os.DirFS(last)); err != nil {
+		r.t.Fatal(err)
+	}
+	id := r.logID(genesis, "rekor.pub")
+	overwrite(r.t, filepath.Join(trust, "frozen", fmt.Sprintf("%x.checkpoint", id[:8])), seen)
+	r.settings["trust"] = trust
+	r.s.write(r.t, r.settings)
+	r.end = r.s.serve()
+	if answer := string(r.s.get("/readyz", http.StatusOK)); !strings.Contains(answer, "frozen log rekor-log2026-1") {
+		r.t.Errorf("readyz says %s", answer)
+	}
+	r.s.get("/log/log2026-1/api/v2/checkpoint", http.StatusNotFound)
+	got := command(r.t, r.env, binary(r.t, "chancery"), "log", "status", "--config", r.s.config)
+	if got.code != 1 || !strings.Contains(got.stderr, "on record") || strings.Contains(got.stderr, "ct2026") {
+		r.t.Errorf("log status: exit status %d\n%s%s", got.code, got.stdout, got.stderr)
+	}
+	r.stop()
 }
 
 // damagedShard puts another head into the old shard's anchor: nothing of the
