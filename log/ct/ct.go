@@ -205,14 +205,13 @@ func (l *Log) Public() crypto.PublicKey { return l.cfg.Key.Public() }
 // learn remembers an issuer for /issuer.
 func (l *Log) learn(der []byte) [sha256.Size]byte {
 	fp := sha256.Sum256(der)
-	l.mu.RLock()
-	_, known := l.issuers[fp]
-	full := len(l.issuers) >= maxIssuers
-	l.mu.RUnlock()
-	if !known && !full {
-		l.mu.Lock()
+	if l.issuer(fp) != nil {
+		return fp
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.issuers) < maxIssuers {
 		l.issuers[fp] = append([]byte(nil), der...)
-		l.mu.Unlock()
 	}
 	return fp
 }

@@ -5,11 +5,14 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
+	"fmt"
 	"math/big"
+	"sync"
 	"testing"
 	"time"
 
@@ -191,4 +194,21 @@ func precertificateWith(t *testing.T, extensions []pkix.Extension, notAfter time
 		t.Fatal(err)
 	}
 	return der, tbs
+}
+
+// TestIssuersAreBounded: the bound holds for all who learn at once.
+func TestIssuersAreBounded(t *testing.T) {
+	l := &Log{issuers: make(map[[sha256.Size]byte][]byte)}
+	var wg sync.WaitGroup
+	for n := range 8 {
+		wg.Go(func() {
+			for i := range maxIssuers {
+				l.learn(fmt.Append(nil, "issuer ", n, " ", i))
+			}
+		})
+	}
+	wg.Wait()
+	if len(l.issuers) != maxIssuers {
+		t.Errorf("%d issuers are kept, want %d", len(l.issuers), maxIssuers)
+	}
 }
