@@ -104,7 +104,8 @@ type report struct {
 	mu    sync.Mutex
 	rows  map[string]*row
 	total int
-	given atomic.Int64 // signatures that callers of the load got
+	given atomic.Int64   // signatures that callers of the load got
+	all   map[string]int // errors that callers of the load got
 }
 
 // row is one line: a kind of fault in a call in a phase.
@@ -115,7 +116,7 @@ type row struct {
 	longest           time.Duration // recovery
 }
 
-func newReport() *report { return &report{rows: map[string]*row{}} }
+func newReport() *report { return &report{rows: map[string]*row{}, all: map[string]int{}} }
 
 func (p *report) row(f *fault) *row {
 	name := f.phase + "|" + f.call + "|" + f.kind
@@ -130,11 +131,15 @@ func (p *report) saw(f *fault, err error) {
 	if err == nil {
 		p.given.Add(1)
 	}
-	if f == nil || err == nil || errors.Is(err, errClosed) {
+	if err == nil || errors.Is(err, errClosed) {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.all[sentinel(err)]++
+	if f == nil {
+		return
+	}
 	p.row(f).sentinels[sentinel(err)]++
 }
 
@@ -142,11 +147,7 @@ func (p *report) saw(f *fault, err error) {
 func (p *report) count(name string) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n := 0
-	for _, r := range p.rows {
-		n += r.sentinels[name]
-	}
-	return n
+	return p.all[name]
 }
 
 // injected counts a fault and how long the recovery took.

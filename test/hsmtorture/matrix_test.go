@@ -53,7 +53,7 @@ var phases = []phase{
 		do: func(r *rig, _ func() bool) error {
 			r.fresh = hsmtest.RandomID()
 			r.ledger.selfTests(r.fresh)
-			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
+			ctx, cancel := context.WithTimeout(r.t.Context(), patience)
 			defer cancel()
 			key, err := r.devices[1].opened().Generate(ctx, hsm.Spec{Label: freshLabel, ID: r.fresh, Algorithm: hsm.ECDSAP256})
 			if err == nil {
@@ -69,7 +69,7 @@ var phases = []phase{
 		name: "evidence",
 		do: func(r *rig, _ func() bool) error {
 			s := r.devices[1].keys[0]
-			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
+			ctx, cancel := context.WithTimeout(r.t.Context(), patience)
 			defer cancel()
 			_, err := r.devices[1].opened().Evidence(ctx, *s.key.Load())
 			return err
@@ -78,7 +78,7 @@ var phases = []phase{
 	{
 		name: "read",
 		do: func(r *rig, _ func() bool) error {
-			ctx, cancel := context.WithTimeout(r.t.Context(), callLimit)
+			ctx, cancel := context.WithTimeout(r.t.Context(), patience)
 			defer cancel()
 			token := r.devices[1].opened()
 			_, random := token.Random(ctx, 16)
@@ -104,7 +104,7 @@ func until(done func() bool) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for began := time.Now(); !done(); <-tick.C {
-		if time.Since(began) > recoveryLimit {
+		if time.Since(began) > patience {
 			return errNotReached
 		}
 	}
@@ -206,7 +206,7 @@ func (r *rig) inject(p phase, function hsmtest.Function, kind class, code uint, 
 			r.t.Fatalf("%s: before: %v", f, err)
 		}
 	}
-	r.fault.Store(f)
+	r.now(f)
 	failed := r.shim.Failed()
 	if after {
 		r.shim.FailAfter(function, code, 1)
@@ -230,7 +230,7 @@ func (r *rig) inject(p phase, function hsmtest.Function, kind class, code uint, 
 	}
 	r.audit()
 	r.report.injected(f, recovery)
-	r.fault.Store(nil)
+	r.now(nil)
 	if n, most := r.shim.Sessions(), 2*(sessions+extra); n > most {
 		r.t.Errorf("%s: %d sessions are open, want at most %d", f, n, most)
 	}
@@ -256,7 +256,7 @@ func (p phase) documented(function hsmtest.Function, kind class) []error {
 // the long form with every code that the table has for it, and signing with
 // every code that hsm/pkcs11 knows.
 func TestMatrix(t *testing.T) {
-	r := newRig(t, 10*time.Second)
+	r := newRig(t)
 	calls := r.survey()
 	r.shim.Delay(int(signTime.Microseconds()))
 	r.startLoad()

@@ -2,7 +2,6 @@ package hsmtorture
 
 import (
 	"testing"
-	"time"
 
 	"github.com/chancery-ca/chancery/hsm/hsmtest"
 )
@@ -13,7 +12,7 @@ import (
 func TestServerKilled(t *testing.T) {
 	shim := hsmtest.NewShim(t)
 	remote := shim.NewRemote(t)
-	r := newRigOn(t, shim, 10*time.Second, remote.Token)
+	r := newRigOn(t, shim, remote.Token)
 	r.shim.Delay(int(signTime.Microseconds()))
 	r.startLoad()
 	for range rounds(2, 25) {
