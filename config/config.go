@@ -278,7 +278,9 @@ func Parse(data []byte, dir string) (*Config, error) {
 	}
 	c := new(Config)
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
-	if err := dec.Decode(c); err != nil {
+	if err := dec.Decode(c); errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%w: nothing in it", ErrInvalid)
+	} else if err != nil {
 		// Without the lines around the fault: somebody may have put a PIN there.
 		return nil, fmt.Errorf("%w: %s", ErrInvalid, yaml.FormatError(err, false, false))
 	}
@@ -578,7 +580,7 @@ func (c *CT) finish(host string) error {
 func (l *LogElsewhere) check(name string) error {
 	u, err := url.Parse(l.URL)
 	switch {
-	case err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.User != nil:
+	case err != nil || u.Scheme != "https" || u.Hostname() == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || u.User != nil:
 		return fmt.Errorf("%s.url: %.200q, want https://HOST[:PORT][/PATH]", name, l.URL)
 	case l.Key == "":
 		return fmt.Errorf("%s.key: missing: the public key of the log at %[1]s.url", name)
@@ -605,7 +607,7 @@ func (t *TSA) finish() error {
 // checkURL returns the host[:port] of a base URL.
 func checkURL(raw string) (string, error) {
 	u, err := url.Parse(raw)
-	if err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
+	if err != nil || u.Hostname() == "" || strings.HasSuffix(u.Host, ":") || raw != "https://"+u.Host {
 		return "", fmt.Errorf("url: %.200q, want https://HOST[:PORT] and nothing after it", raw)
 	}
 	return u.Host, nil

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -191,7 +192,7 @@ func TestRefused(t *testing.T) {
 		return strings.Replace(minimal, old, new, 1)
 	}
 	tests := []struct{ name, yaml, want string }{
-		{"empty", "", "EOF"},
+		{"empty", "", "nothing in it"},
 		{"not YAML", "\x00\x01{{{", ""},
 		{"huge", strings.Repeat("#", maxFile+1), "octets"},
 		{"unknown key", minimal + "colour: blue\n", "colour"},
@@ -202,6 +203,11 @@ func TestRefused(t *testing.T) {
 		{"http URL", edit("https://sig.example:8443", "http://sig.example"), "https://HOST"},
 		{"URL with a path", edit("https://sig.example:8443", "https://sig.example/x"), "https://HOST"},
 		{"URL with a slash", edit("https://sig.example:8443", "https://sig.example/"), "https://HOST"},
+		{"URL with an empty query", edit("https://sig.example:8443", "https://sig.example?"), "https://HOST"},
+		{"URL with an empty fragment", edit("https://sig.example:8443", "'https://sig.example#'"), "https://HOST"},
+		{"URL without a host", edit("https://sig.example:8443", "https://:8443"), "https://HOST"},
+		{"URL with an empty port", edit("https://sig.example:8443", "'https://sig.example:'"), "https://HOST"},
+		{"CT log elsewhere without a host", edit("{shard: ct1}", "{url: 'https://:443', key: ct.pub}"), "ct.url"},
 		{"URL with a user", edit("https://sig.example:8443", "https://a@sig.example"), "https://HOST"},
 		{"listen", edit("listen: 127.0.0.1:8443", "listen: 8443"), "listen"},
 		{"operator without a port", minimal + "operator: 127.0.0.1\n", "operator"},
@@ -278,7 +284,15 @@ func TestSecret(t *testing.T) {
 		if err := os.WriteFile(path, []byte(content), mode); err != nil {
 			t.Fatal(err)
 		}
+		if err := os.Chmod(path, mode); err != nil { // whatever the umask
+			t.Fatal(err)
+		}
 		return path
+	}
+	for _, pipe := range []string{"pipe", "pipe2"} {
+		if err := syscall.Mkfifo(filepath.Join(dir, pipe), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	good := write("good", "1234\n", 0o400)
 	if err := os.Symlink(good, filepath.Join(dir, "link")); err != nil {
@@ -297,7 +311,9 @@ func TestSecret(t *testing.T) {
 		{"missing", FileSecret(filepath.Join(dir, "none")), ""},
 		{"a folder", FileSecret(dir), ""},
 		{"a link", FileSecret(filepath.Join(dir, "link")), ""},
+		{"a pipe", FileSecret(filepath.Join(dir, "pipe")), ""},
 		{"credential", Secret{"credential", "good"}, "1234"},
+		{"credential that is a pipe", Secret{"credential", "pipe2"}, ""},
 		{"missing credential", Secret{"credential", "none"}, ""},
 	}
 	t.Setenv("CREDENTIALS_DIRECTORY", dir)

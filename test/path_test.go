@@ -12,6 +12,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -670,14 +672,20 @@ func walk(t *testing.T, dir string, visit func(path string, content []byte)) {
 	t.Helper()
 	files := 0
 	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // a program that runs here has removed it
+		}
 		if err != nil || !entry.Type().IsRegular() {
 			return err
 		}
-		files++
 		content, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
+		files++
 		rel, err := filepath.Rel(dir, path)
 		visit(rel, content)
 		return err
@@ -735,6 +743,9 @@ func TestStartRefusals(t *testing.T) {
 			r := command(t, nil, chancery, "demo", "--once", "--dir", dir)
 			if r.code != test.code || (r.code != 0 && lastError(r.stderr) == "") || !strings.Contains(r.stderr, test.message) {
 				t.Errorf("exit status %d, want %d\n%s", r.code, test.code, r.stderr)
+			}
+			if r.code == 77 && !strings.Contains(r.stderr, "\nhint: ") {
+				t.Errorf("nobody is told what to do:\n%s", r.stderr)
 			}
 			if strings.Contains(r.stderr+r.stdout, pin) {
 				t.Error("the output contains the PIN")

@@ -92,6 +92,9 @@ func newSign() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if !looksLikeToken(token) {
+				return errors.New("read token: this is no ID token (a JWT, three parts with dots between)")
+			}
 			bundle, err := client.Sign(cmd.Context(), args[0], token, trust)
 			if err != nil {
 				return clientHint(err)
@@ -177,9 +180,6 @@ func readToken(r io.Reader) (string, error) {
 	token := strings.TrimSpace(string(raw))
 	if token == "" || len(raw) > maxToken {
 		return "", fmt.Errorf("read token: empty, or over %d octets", maxToken)
-	}
-	if !looksLikeToken(token) {
-		return "", errors.New("read token: this is no ID token (a JWT, three parts with dots between)")
 	}
 	return token, nil
 }

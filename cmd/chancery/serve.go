@@ -20,6 +20,7 @@ import (
 	"github.com/chancery-ca/chancery/ca/audit"
 	"github.com/chancery-ca/chancery/cmd/chancery/internal/service"
 	"github.com/chancery-ca/chancery/config"
+	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/log/store"
 )
 
@@ -122,6 +123,8 @@ func startHint(err error) error {
 		return hint(err, "its successor is in the outputs of the ceremony that revoked it: trust in the configuration names their folder")
 	case errors.Is(err, audit.ErrNotFound):
 		return hint(err, "the state of a version without an audit gets one by: chancery init --add --config FILE; one that is gone is to be restored")
+	case errors.Is(err, hsm.ErrPIN), errors.Is(err, hsm.ErrMismatch):
+		return hsmHint(err)
 	case errors.Is(err, store.ErrLocked):
 		return hint(err, "is the service running already? systemctl status chancery")
 	case errors.Is(err, audit.ErrDamaged):

@@ -17,8 +17,8 @@ const tryAgain = 250 * time.Millisecond
 // VerifyToken verifies an ID token as the service of a configuration would, for
 // tools: nothing is issued for it. Unlike the service it takes an issuer on
 // http://127.0.0.1, as the demo has. It fetches the keys of the token's issuer
-// and waits for them until timeout is over. Errors: those of
-// identity.Verifier.Verify.
+// and waits for them until timeout is over; why they did not come is in the error.
+// Errors: those of identity.Verifier.Verify.
 func VerifyToken(ctx context.Context, cfg *config.Config, token string, timeout time.Duration, logger *slog.Logger) (*identity.Principal, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -28,7 +28,7 @@ func VerifyToken(ctx context.Context, cfg *config.Config, token string, timeout 
 	}
 	verifier, err := identity.New(ctx, issuers, identity.Options{
 		LoopbackHTTP: true, PrivateNetworks: cfg.CA.PrivateNetworks, ReadFile: readBounded,
-		Now: newClock(logger).Now, Logger: logger,
+		Now: newClock(logger).Now, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open identity issuers: %w", err)
@@ -41,10 +41,20 @@ func VerifyToken(ctx context.Context, cfg *config.Config, token string, timeout 
 		}
 		select {
 		case <-ctx.Done():
-			return nil, err
+			return nil, withReasons(err, verifier.Health())
 		case <-time.After(tryAgain):
 		}
 	}
+}
+
+// withReasons adds to err why issuers' keys were not fetched.
+func withReasons(err error, issuers []identity.IssuerHealth) error {
+	for _, issuer := range issuers {
+		if issuer.Err != nil {
+			err = fmt.Errorf("%w: %w", err, issuer.Err)
+		}
+	}
+	return err
 }
 
 // issuersFor leaves of the configured issuers only those that a token needs, so

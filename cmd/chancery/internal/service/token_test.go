@@ -62,3 +62,10 @@ func TestVerifyToken(t *testing.T) {
 		})
 	}
 }
+
+func TestWithReasons(t *testing.T) {
+	err := withReasons(identity.ErrUnavailable, []identity.IssuerHealth{{Issuer: "well"}, {Issuer: "away", Err: errors.New("nobody there")}})
+	if !errors.Is(err, identity.ErrUnavailable) || !strings.HasSuffix(err.Error(), ": nobody there") {
+		t.Errorf("error %v", err)
+	}
+}
