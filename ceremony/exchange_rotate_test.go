@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/chancery-ca/chancery/ceremony/trust"
@@ -40,7 +41,10 @@ tokens:
 entropy: {mode: commit-reveal, contributors: [w1]}
 crl: {valid: 1y}
 outputs: {dir: out}
-`, first.online.def.ID, heads[:len(heads)-2])+newIntermediate)
+`, first.online.def.ID, heads[:len(heads)-2])+strings.NewReplacer(
+		"certificates:\n", "  tsa-2:    {token: online, alg: ecdsa-p256}\ncertificates:\n"+
+			"  tsa-2: {key: tsa-2, issuer: tsa-root, subject: {o: Chancery Demo, cn: Timestamping G2}, years: 3, eku: [timeStamping]}\n",
+	).Replace(newIntermediate))
 	stick := t.TempDir()
 	x := &exchanged{request: filepath.Join(stick, "request.tar"), response: filepath.Join(stick, "response.tar")}
 	next := func(before *half, m Machine, token string) *half {
@@ -71,15 +75,17 @@ outputs: {dir: out}
 		}
 	}
 	trusted, err := trust.ParseRoot(contentOf(t, filepath.Join(x.online.opts.Dir, trustedRootName)))
-	if err != nil || len(trusted.CertificateAuthorities) != 2 {
-		t.Errorf("%d certificate authorities, %v", len(trusted.CertificateAuthorities), err)
+	if err != nil || len(trusted.CertificateAuthorities) != 2 || len(trusted.TimestampAuthorities) != 2 {
+		t.Errorf("%d certificate authorities, %d for timestamps, %v", len(trusted.CertificateAuthorities), len(trusted.TimestampAuthorities), err)
 	}
 	ring, err := trust.LoadKeyRing(filepath.Join(x.online.opts.Dir, keysName))
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := ring.Keys[hsm.RoleIntermediate]
-	if _, err := x.online.opts.Tokens[k.Token].Open(t.Context(), k.Ref(), hsm.RoleIntermediate); err != nil {
-		t.Errorf("open the new key as keys.yaml names it: %v", err)
+	for _, role := range []hsm.Role{hsm.RoleIntermediate, hsm.RoleTSA} {
+		k := ring.Keys[role]
+		if _, err := x.online.opts.Tokens[k.Token].Open(t.Context(), k.Ref(), role); err != nil {
+			t.Errorf("open the new key of %s as keys.yaml names it: %v", role, err)
+		}
 	}
 }

@@ -22,12 +22,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/digitorus/timestamp"
 	sigbundle "github.com/sigstore/sigstore-go/pkg/bundle"
 	"github.com/sigstore/sigstore-go/pkg/root"
 	"github.com/sigstore/sigstore-go/pkg/tlog"
 	"github.com/sigstore/sigstore-go/pkg/verify"
 
+	"github.com/chancery-ca/chancery/ca/tsa"
 	"github.com/chancery-ca/chancery/ceremony/trust"
 	"github.com/chancery-ca/chancery/ceremony/trust/tuf"
 	"github.com/chancery-ca/chancery/hsm"
@@ -75,11 +75,16 @@ func custodianLines(ids ...string) string {
 	return text
 }
 
-func (l *life) options() Options {
+// clock stands still at the day that it is now.
+func (l *life) clock() func() (time.Time, error) {
 	now := l.now
+	return func() (time.Time, error) { return now, nil }
+}
+
+func (l *life) options() Options {
 	return Options{
 		Tokens: l.tokens, Dir: filepath.Join(memoryFolder(l.t), "out"), Previous: l.last.Dir,
-		Now:       func() (time.Time, error) { return now, nil },
+		Now:       l.clock(),
 		Custodian: func(_ context.Context, id string) (hsm.Key, error) { return l.custody[id], nil },
 	}
 }
@@ -195,13 +200,26 @@ func (l *life) sign() *signed {
 	digest := sha256.Sum256(artefact)
 	sig, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
 	check(err)
-	imprint := sha256.Sum256(sig)
-	ts := timestamp.Timestamp{
-		HashAlgorithm: crypto.SHA256, HashedMessage: imprint[:], Time: l.now, Policy: []int{1, 3, 6, 1, 4, 1, 57264, 2}, Certificates: nil, AddTSACertificate: false,
+	return &signed{leaf, sig, l.stamp(sig)}
+}
+
+// stamp is a timestamp of the authority over a signature.
+func (l *life) stamp(sig []byte) []byte {
+	l.t.Helper()
+	chain, err := certificatesIn(l.read(tsaChainName), 2)
+	if err != nil {
+		l.t.Fatal(err)
 	}
-	stamp, err := ts.CreateResponseWithOpts(l.certificate(tsaChainName), l.key(hsm.RoleTSA), crypto.SHA256)
-	check(err)
-	return &signed{leaf, sig, stamp}
+	authority, err := tsa.New(tsa.Config{Key: l.key(hsm.RoleTSA), Chain: chain, Now: l.clock()})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	imprint := sha256.Sum256(sig)
+	stamp, err := authority.Timestamp(l.t.Context(), &tsa.Request{Hash: crypto.SHA256, Digest: imprint[:]})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return stamp
 }
 
 // The parts of verify.SignedEntity.
@@ -304,13 +322,16 @@ service: {logs: {rekor: {shard: log2}}}
 	}
 
 	l.now = l.now.AddDate(0, 1, 0)
+	earlier := *l
 	l.mustRun(l.definition("rekey-4", Rotate, `rotation: {overlap: 7d}
 keys:
   root-g2:  {token: root,   alg: ecdsa-p384}
   inter-g3: {token: online, alg: ecdsa-p256}
+  tsa-2:    {token: online, alg: ecdsa-p256}
 certificates:
   root-g2:  {key: root-g2, self-signed: true, subject: {o: Chancery Demo, cn: Sigstore Root G2}, years: 10, path-len: 1}
   inter-g3: {key: inter-g3, issuer: root-g2, subject: {o: Chancery Demo, cn: Sigstore Intermediate G3}, years: 3, path-len: 0, eku: [codeSigning]}
+  tsa-2:    {key: tsa-2, issuer: tsa-root, subject: {o: Chancery Demo, cn: Timestamping G2}, years: 3, eku: [timeStamping]}
 `))
 	third := l.sign()
 	for name, s := range map[string]*signed{"the first": first, "the second": second, "the third": third} {
@@ -318,8 +339,21 @@ certificates:
 			t.Errorf("%s generation's signature with the newest trusted root: %v", name, err)
 		}
 	}
-	if trusted, err = trust.ParseRoot(l.read(trustedRootName)); err != nil || len(trusted.CertificateAuthorities) != 3 {
-		t.Errorf("%d certificate authorities, %v", len(trusted.CertificateAuthorities), err)
+	if trusted, err = trust.ParseRoot(l.read(trustedRootName)); err != nil || len(trusted.CertificateAuthorities) != 3 || len(trusted.TimestampAuthorities) != 2 {
+		t.Errorf("%d certificate authorities, %d for timestamps, %v", len(trusted.CertificateAuthorities), len(trusted.TimestampAuthorities), err)
+	}
+	for days, good := range map[int]bool{6: true, 8: false} { // the overlap is 7
+		late := *l
+		late.now = l.now.AddDate(0, 0, days)
+		earlier.now = late.now
+		s := late.sign()
+		if err := late.verify(s); err != nil {
+			t.Errorf("timestamp of the new authority after %d days: %v", days, err)
+		}
+		s.stamp = earlier.stamp(s.signature)
+		if err := late.verify(s); (err == nil) != good {
+			t.Errorf("timestamp of the old authority after %d days: %v, want it good: %t", days, err, good)
+		}
 	}
 	rotatedIsTamperProof(t, l)
 }

@@ -115,7 +115,7 @@ func TestExitStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := strings.Replace(string(source), "environment: rehearsal",
-		"environment: production\nwindow: {not-before: 2026-12-01T09:00:00Z, not-after: 2026-12-01T18:00:00Z}\n"+
+		"environment: production\nwindow: {not-before: 2020-12-01T09:00:00Z, not-after: 2020-12-01T18:00:00Z}\n"+
 			`modules: {m: {path: /usr/lib/m.so, sha256: "`+strings.Repeat("0", 64)+`"}}`, 1)
 	text = strings.ReplaceAll(text, "must-be-empty: true", "module: m, must-be-empty: true")
 	if err := os.WriteFile(production, []byte(text), 0o600); err != nil {
