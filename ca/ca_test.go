@@ -8,11 +8,15 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"fmt"
+	"math/big"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/certificate-transparency-go/ctutil"
@@ -282,29 +286,28 @@ func TestTwoOperationsOnTheCriticalPath(t *testing.T) {
 
 // TestNothingBeforeDurable: a certificate that is signed waits for its leaf.
 func TestNothingBeforeDurable(t *testing.T) {
-	f := catest.NewParts(t)
-	committing, durable := make(chan struct{}), make(chan struct{})
-	f.Log.OnCommit = func(context.Context) error {
-		close(committing)
-		<-durable
-		return nil
-	}
-	done := make(chan error)
-	a, req := catest.Authority(t, f.Config()), request(t)
-	go func() {
-		_, err := a.Issue(context.Background(), req)
-		done <- err
-	}()
-	<-committing
-	select {
-	case <-done:
-		t.Fatal("released before the leaf was durable")
-	default:
-	}
-	close(durable)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f := catest.NewParts(t)
+		durable := make(chan struct{})
+		f.Log.OnCommit = func(context.Context) error {
+			<-durable
+			return nil
+		}
+		done := make(chan error, 1)
+		a, req := catest.Authority(t, f.Config()), request(t)
+		go func() {
+			_, err := a.Issue(context.Background(), req)
+			done <- err
+		}()
+		synctest.Wait() // nothing is left to do
+		if n := f.Key.Count(); n != 2 || len(done) != 0 {
+			t.Errorf("%d signatures, released before the leaf was durable: %v", n, len(done) != 0)
+		}
+		close(durable)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestIssueRefusals(t *testing.T) {
@@ -377,6 +380,48 @@ func TestIssueRefusals(t *testing.T) {
 				t.Errorf("%d leaves in the log, want %d", n, test.commits)
 			}
 		})
+	}
+}
+
+// TestRootEndsFirst: no certificate outlives the root, whatever the intermediate's
+// certificate says, which a root elsewhere may have signed.
+func TestRootEndsFirst(t *testing.T) {
+	f := catest.NewParts(t)
+	rootKey, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certify := func(serial int64, pub crypto.PublicKey, parent *x509.Certificate, end time.Time) *x509.Certificate {
+		spec := &x509.Certificate{
+			SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: fmt.Sprintf("CA %d", serial)},
+			NotBefore: catest.Start, NotAfter: end, IsCA: true, BasicConstraintsValid: true,
+			KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		}
+		if parent == nil {
+			parent = spec
+		} else {
+			spec.ExtKeyUsage, spec.MaxPathLenZero = []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning}, true
+		}
+		der, err := x509.CreateCertificate(rand.Reader, spec, parent, pub, rootKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	end := catest.Noon.Add(10 * time.Minute)
+	root := certify(1, rootKey.Public(), nil, end)
+	cfg := f.Config()
+	cfg.Chain = []*x509.Certificate{certify(2, f.Key.Public(), root, end.AddDate(1, 0, 0)), root}
+	if _, err := catest.Authority(t, cfg).Issue(t.Context(), request(t)); err != nil {
+		t.Errorf("to the root's last second: %v", err)
+	}
+	cfg.Now = func() (time.Time, error) { return catest.Noon.Add(time.Second), nil }
+	if _, err := catest.Authority(t, cfg).Issue(t.Context(), request(t)); !errors.Is(err, ca.ErrCA) {
+		t.Errorf("beyond the root's end: %v", err)
 	}
 }
 
@@ -475,7 +520,8 @@ func TestBusyAtOnce(t *testing.T) {
 		t.Errorf("second request: %v", err)
 	}
 	cancel() // the client goes away
-	if err := <-done; !errors.Is(err, ca.ErrUnavailable) {
+	// ErrBusy if the certificate's signature was still waiting for the key.
+	if err := <-done; !errors.Is(err, ca.ErrUnavailable) && !errors.Is(err, ca.ErrBusy) {
 		t.Errorf("cancelled request: %v", err)
 	}
 	f.Log.OnCommit = nil

@@ -81,7 +81,8 @@ func (s Secret) Read() ([]byte, error) {
 		}
 		path = filepath.Join(dir, s.name)
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0) //nolint:gosec // G703: the operator names the file
+	// O_NONBLOCK: a pipe in its place would keep us waiting.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) //nolint:gosec // G703: the operator names the file
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", s, err)
 	}
