@@ -34,6 +34,9 @@ func TestUnplug(t *testing.T) {
 			t.Error(err)
 		}
 	}()
+	if wait := token.RetryWait(); wait > 2*time.Second {
+		t.Errorf("the caller who finds out would wait for %s, want 2 s at most", wait)
+	}
 	token.SetRetryWait(time.Millisecond)
 	key := hsmtest.NewKey(t, token, "key", hsm.ECDSAP256)
 	sign := func() error {

@@ -29,6 +29,9 @@ func (t *Token) Handles(ctx context.Context) (objects, sessions int, err error) 
 // one. Nobody uses the token yet.
 func (t *Token) SetRetryWait(d time.Duration) { t.retryWait = d }
 
+// RetryWait is how long that is.
+func (t *Token) RetryWait() time.Duration { return t.retryWait }
+
 // WithTPM is withTPM.
 func (t *Token) WithTPM(ctx context.Context, f func(tpm transport.TPM) error) error {
 	return t.withTPM(ctx, hsm.ShareRest, f)

@@ -117,7 +117,10 @@ func TestOneRetry(t *testing.T) {
 // ones ErrBusy at once, and health says so; it comes back by itself.
 func TestAway(t *testing.T) {
 	e := hsmtest.SWTPM(t)
-	token := open(t, e.Config(t))
+	token := hsmtest.OpenTPM(t, e.Config(t))
+	if wait := token.RetryWait(); wait > 2*time.Second {
+		t.Errorf("the caller who finds out would wait for %s, want 2 s at most", wait)
+	}
 	key := hsmtest.NewKey(t, token, "key", hsm.ECDSAP256)
 	token.SetRetryWait(time.Millisecond)
 	e.Stop(t)
