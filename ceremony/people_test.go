@@ -410,3 +410,46 @@ func TestAfterTheWindow(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// suspended is People whose machine sleeps for minutes after the answer to one
+// question was found right, and before it is on record.
+type suspended struct {
+	People
+	question string
+	clock    time.Time
+	readings int // of the clock until it sleeps; 0 for never
+}
+
+func (s *suspended) Ask(ctx context.Context, q Question) (string, error) {
+	if q.ID == s.question {
+		s.question, s.readings = "", 2
+	}
+	return s.People.Ask(ctx, q)
+}
+
+func (s *suspended) now() (time.Time, error) {
+	if s.readings > 0 {
+		if s.readings--; s.readings == 0 {
+			s.clock = s.clock.Add(4 * time.Minute)
+		}
+	}
+	return s.clock, nil
+}
+
+// What a verifier would refuse is not put on record: it could never be taken
+// back, and no resumed run would get past it.
+func TestRefusedIsNotRecorded(t *testing.T) {
+	d := demoDefinition(t)
+	people := &suspended{People: Practice{}, question: "clock:w1", clock: testNow}
+	opts := Options{Tokens: twoTokens(t), Dir: filepath.Join(memoryFolder(t), "out"), Now: people.now, People: people}
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrTranscript) || !strings.Contains(err.Error(), "differ by 4m0s") {
+		t.Fatalf("a watch that was right minutes ago: %v, want ErrTranscript", err)
+	}
+	opts.Resume = true
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Fatalf("resume: %v", err)
+	}
+	if err := Verify(opts.Dir).Err(); err != nil {
+		t.Error(err)
+	}
+}

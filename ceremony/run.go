@@ -424,8 +424,9 @@ func (r *run) step(ctx context.Context, s Step) error {
 	return nil
 }
 
-// record appends to the transcript and takes the record into the facts, by the
-// same way as a verifier.
+// record takes a record into the facts, by the same way as a verifier, and appends
+// it to the transcript: what a verifier would refuse is never on disk, where it
+// would end the ceremony. After an error the run is over.
 func (r *run) record(s Step, typ RecordType, data any) error {
 	return r.append(actor, s, typ, data)
 }
@@ -436,11 +437,8 @@ func (r *run) state(s Step, person string, data any) error {
 }
 
 func (r *run) append(who string, s Step, typ RecordType, data any) error {
-	rec, err := r.transcript.Append(who, s.ID, typ, data)
-	if err != nil {
-		return err
-	}
-	return r.facts.apply(rec)
+	_, err := r.transcript.appendIf(who, s.ID, typ, data, r.facts.apply)
+	return err
 }
 
 // show tells people something.

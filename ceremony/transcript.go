@@ -292,6 +292,12 @@ func (t *Transcript) Records() []Record { return t.records }
 // Append seals a record with the given data (a struct that encodes to a JSON
 // object), writes it and waits until it is on disk.
 func (t *Transcript) Append(actor, step string, typ RecordType, data any) (*Record, error) {
+	return t.appendIf(actor, step, typ, data, func(*Record) error { return nil })
+}
+
+// appendIf is Append of a record that accept takes. One that it refuses is not
+// written.
+func (t *Transcript) appendIf(actor, step string, typ RecordType, data any, accept func(*Record) error) (*Record, error) {
 	if t.broken != nil {
 		return nil, t.broken
 	}
@@ -326,6 +332,9 @@ func (t *Transcript) Append(actor, step string, typ RecordType, data any) (*Reco
 	}
 	if len(line) > MaxRecord {
 		return nil, fmt.Errorf("append record %d: larger than %d octets", rec.Seq, MaxRecord)
+	}
+	if err := accept(&rec); err != nil {
+		return nil, err
 	}
 	if _, err := t.file.Write(append(line, '\n')); err != nil {
 		t.broken = fmt.Errorf("write record %d: %w", rec.Seq, err)
