@@ -3,13 +3,16 @@ package ct_test
 import (
 	"bytes"
 	"context"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/big"
 	"net/http"
 	"net/url"
 	"strings"
@@ -32,6 +35,65 @@ type chainCase struct {
 	chain   [][]byte
 	says    string // part of our sentence
 	differs string // why ctfe accepts what we refuse
+}
+
+// number is an integer of so many bits.
+func number(bits uint) *big.Int {
+	return new(big.Int).Add(new(big.Int).Lsh(big.NewInt(1), bits-1), big.NewInt(1))
+}
+
+// rsaKey is a SubjectPublicKeyInfo of a key that nobody made.
+func rsaKey(t testing.TB, bits uint) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(&rsa.PublicKey{N: number(bits), E: 65537})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// dsaKey is one of DSA (RFC 3279, Section 2.3.2).
+func dsaKey(t testing.TB, bits, subgroup uint) []byte {
+	t.Helper()
+	parameters, err := asn1.Marshal([]*big.Int{number(bits), number(subgroup), big.NewInt(2)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	y, err := asn1.Marshal(big.NewInt(4))
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := asn1.Marshal(struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}{pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 10040, 4, 1}, Parameters: asn1.RawValue{FullBytes: parameters}}, asn1.BitString{Bytes: y, BitLength: 8 * len(y)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// keyed is the fixture's issuer with another key, so that its signature is none.
+func keyed(t testing.TB, f *fixture, spki []byte) []byte {
+	t.Helper()
+	var outer asn1.RawValue
+	if _, err := asn1.Unmarshal(f.issuer.RawTBSCertificate, &outer); err != nil {
+		t.Fatal(err)
+	}
+	outer.FullBytes, outer.Bytes = nil, bytes.Replace(outer.Bytes, f.issuer.RawSubjectPublicKeyInfo, spki, 1)
+	tbs, err := asn1.Marshal(outer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := asn1.Marshal(struct {
+		TBS       asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: tbs}, pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 3}}, asn1.BitString{Bytes: f.issuer.Signature, BitLength: 8 * len(f.issuer.Signature)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 func chainCases(t testing.TB, f *fixture) []chainCase {
@@ -73,6 +135,10 @@ func chainCases(t testing.TB, f *fixture) []chainCase {
 		{"trailing DER in the issuer", pre, [][]byte{precert.Raw, append(bytes.Clone(f.issuer.Raw), 5, 0)}, "not DER", ""},
 		{"truncated DER", pre, [][]byte{precert.Raw[:len(precert.Raw)/2], f.issuer.Raw}, "not DER", ""},
 		{"empty certificate", pre, [][]byte{{}, f.issuer.Raw}, "not DER", ""},
+		{"issuer with a huge RSA key", pre, [][]byte{precert.Raw, keyed(t, f, rsaKey(t, 8193)), f.root.Raw}, "RSA key above 8192 bits", ""},
+		{"issuer with a huge DSA key", pre, [][]byte{precert.Raw, keyed(t, f, dsaKey(t, 3073, 256)), f.root.Raw}, "a DSA key above 3072", ""},
+		{"issuer with a huge DSA subgroup", pre, [][]byte{precert.Raw, keyed(t, f, dsaKey(t, 3072, 257)), f.root.Raw}, "a DSA key above 3072 and 256", ""},
+		{"issuer with a DSA key", pre, [][]byte{precert.Raw, keyed(t, f, dsaKey(t, 3072, 256)), f.root.Raw}, "accepted root", ""},
 		{"text for a certificate", pre, [][]byte{[]byte("certificate")}, "not DER", ""},
 	}
 }

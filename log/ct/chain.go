@@ -1,6 +1,7 @@
 package ct
 
 import (
+	"crypto/dsa" //nolint:staticcheck // old certificates have such keys; none is made or trusted here
 	"crypto/rsa"
 	"encoding/json"
 	"errors"
@@ -77,8 +78,8 @@ func (l *Log) verify(raw [][]byte) ([]*ctx509.Certificate, error) {
 		if ctx509.IsFatal(err) {
 			return nil, fmt.Errorf("%w: %w", badChain(fmt.Sprintf("certificate %d of the chain is not DER X.509", i)), err)
 		}
-		if key, ok := cert.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() > maxRSABits {
-			return nil, badChain(fmt.Sprintf("certificate %d of the chain has an RSA key above %d bits", i, maxRSABits))
+		if large(cert.PublicKey) {
+			return nil, badChain(fmt.Sprintf("certificate %d of the chain has an RSA key above %d bits, or a DSA key above %d and %d", i, maxRSABits, maxDSABits, maxDSASubgroupBits))
 		}
 		chain[i] = cert
 		if i > 0 {
@@ -107,6 +108,18 @@ func (l *Log) verify(raw [][]byte) ([]*ctx509.Certificate, error) {
 		}
 	}
 	return nil, badChain("the chain does not lead to an accepted root in the order submitted")
+}
+
+// large says whether a signature by the key would take long to verify. A chain
+// names keys before it leads anywhere.
+func large(key any) bool {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return key.N.BitLen() > maxRSABits
+	case *dsa.PublicKey:
+		return key.P.BitLen() > maxDSABits || key.Q.BitLen() > maxDSASubgroupBits
+	}
+	return false
 }
 
 // usable says whether cert has an extended key usage that the log accepts.

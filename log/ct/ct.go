@@ -51,7 +51,10 @@ const (
 	maxEntryOctets = 4 << 20
 	entryPage      = 32
 	maxIssuers     = 1024 // issuers remembered for /issuer
-	maxRSABits     = 8192 // a larger key makes a verification a denial of service
+	// Larger keys make a verification a denial of service.
+	maxRSABits         = 8192
+	maxDSABits         = 3072 // FIPS 186-4, with a subgroup of
+	maxDSASubgroupBits = 256
 	// DefaultMaxInFlight is how many submissions are worked on at once.
 	DefaultMaxInFlight = 64
 )
