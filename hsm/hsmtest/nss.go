@@ -45,6 +45,7 @@ func NewNSS(t testing.TB) SoftHSMToken {
 	if firstFile(softoknPaths) == "" {
 		Missing(t, "NSS's softokn is not installed (Debian: apt install libnss3)")
 	}
+	sharedHome(t)
 	module, err := nssModule()
 	if err != nil {
 		t.Fatal(err)
@@ -58,6 +59,10 @@ func NewNSS(t testing.TB) SoftHSMToken {
 	token.URI = pkcs11.TokenURI(token.Label)
 	password := filepath.Join(dir, "password")
 	if err := os.WriteFile(password, append(token.PIN, '\n'), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Thousands of rounds against guessing take a second for each new database.
+	if err := os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command("certutil", "-N", "-d", "sql:"+dir, "-f", password).CombinedOutput(); err != nil {
@@ -82,10 +87,11 @@ func firstFile(paths []string) string {
 
 // buildReserved compiles the module that stands before softokn.
 func buildReserved() (string, error) {
-	dir, err := os.MkdirTemp("", homePrefix+"nss-")
+	home, err := shared()
 	if err != nil {
 		return "", err
 	}
+	dir := filepath.Dir(home.Dir()) // which is removed when the process has ended
 	source, module := filepath.Join(dir, "reserved.c"), filepath.Join(dir, "reserved.so")
 	if err := os.WriteFile(source, reservedSource, 0o600); err != nil {
 		return "", err

@@ -199,7 +199,7 @@ func part(t *testing.T, token hsmtest.SoftHSMToken, name ...string) string {
 	for _, n := range name {
 		pattern += "/^" + regexp.QuoteMeta(strings.ReplaceAll(n, " ", "_")) + "$"
 	}
-	child := exec.Command(os.Args[0], "-test.run", pattern, "-test.v", "-test.timeout", "30s")
+	child := exec.Command(os.Args[0], "-test.run", pattern, "-test.v", "-test.timeout", "5m")
 	child.Env = append(os.Environ(), reportOf+"="+path)
 	out, _ := child.CombinedOutput() // it fails: what and why is what we want
 	if strings.Contains(string(out), string(token.PIN)) {
