@@ -16,9 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readAttempts is how often ReadAnchor looks again at a slot that does not
-// verify: the process that owns the file may be writing it.
-const readAttempts = 5
+// readAttempts is how often ReadAnchor looks at a slot that does not verify: the
+// process that owns the file may be writing it, and be held up in the middle.
+// firstPause is how long it waits before it looks again, twice as long each time.
+const (
+	readAttempts = 8
+	firstPause   = time.Millisecond
+)
 
 // AnchorState is what an anchor file holds, for people.
 type AnchorState struct {
@@ -37,7 +41,10 @@ type AnchorState struct {
 // file, with ErrDamaged if no slot is valid.
 func ReadAnchor(path string) (AnchorState, error) {
 	var state AnchorState
-	for range readAttempts {
+	for n := range readAttempts {
+		if n > 0 {
+			time.Sleep(firstPause << (n - 1))
+		}
 		b, err := os.ReadFile(filepath.Clean(path))
 		if err != nil {
 			return AnchorState{}, fmt.Errorf("read anchor: %w: %w", err, ErrAnchor)
