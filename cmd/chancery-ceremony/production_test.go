@@ -74,7 +74,7 @@ func (r *room) tokens() {
 		r.t.Fatal(err)
 	}
 	conf := r.write("softhsm2.conf", "directories.tokendir = "+tokens+"\nobjectstore.backend = file\nlog.level = ERROR\n", 0o600)
-	r.env = append(os.Environ(), "SOFTHSM2_CONF="+conf, "TERM=xterm")
+	r.env = append(os.Environ(), "SOFTHSM2_CONF="+conf, "TERM=xterm", "NO_COLOR=")
 	for name, pin := range r.pins {
 		r.tool("softhsm2-util", "--init-token", "--free", "--label", "acme-"+name, "--so-pin", "so-"+pin, "--pin", pin)
 	}
@@ -417,6 +417,26 @@ func shiftWindow(source string, by time.Duration) string {
 		source = before + end + at.Add(by).Format(time.RFC3339) + rest[20:]
 	}
 	return source
+}
+
+// TestColours: the terminal has them, unless somebody says that it should not.
+func TestColours(t *testing.T) {
+	r := newRoom(t, nil)
+	for i, row := range []struct {
+		env  []string
+		want bool
+	}{{nil, true}, {[]string{"NO_COLOR=1"}, false}, {[]string{"NO_COLOR="}, true}, {[]string{"TERM=dumb"}, false}} {
+		cmd := r.command("run", r.def, "--dir", fmt.Sprintf("acme-%d", i))
+		cmd.Env = append(append([]string{}, r.env...), row.env...)
+		d := inTerminal(t, cmd)
+		d.wait(askedWords)
+		d.interrupt()
+		d.wait("go on with")
+		d.exit()
+		if d.Coloured() != row.want {
+			t.Errorf("%v: coloured: %t", row.env, d.Coloured())
+		}
+	}
 }
 
 // TestProductionNeedsAPerson: neither a pipe nor an answers file stands in for

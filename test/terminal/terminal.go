@@ -130,6 +130,13 @@ func (d *Dialogue) Text() string {
 	return escapes.ReplaceAllString(d.screen.String(), "")
 }
 
+// Coloured says whether anything that was printed so far is styled.
+func (d *Dialogue) Coloured() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return bytes.ContainsRune(d.screen.Bytes(), '\x1b')
+}
+
 // Read is the part of Text that the person has waited for.
 func (d *Dialogue) Read() string { return d.Text()[:d.read] }
 
