@@ -414,7 +414,7 @@ func (s *site) run(t *testing.T) (*exec.Cmd, *syncBuffer) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	t.Cleanup(func() { _, _ = cmd.Process.Kill(), cmd.Wait() })
 	notifications.await(t, "READY=1")
 	return cmd, log
 }

@@ -103,7 +103,7 @@ func startServe(t *testing.T, dir, config string) (*exec.Cmd, *notify, *syncBuff
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	t.Cleanup(func() { _, _ = cmd.Process.Kill(), cmd.Wait() })
 	return cmd, notifications, log
 }
 
