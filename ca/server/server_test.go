@@ -490,7 +490,7 @@ func TestSigstoreGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := sign.NewFulcio(&sign.FulcioOptions{BaseURL: srv.URL, Timeout: 10 * time.Second, Transport: srv.Client().Transport})
+	client := sign.NewFulcio(&sign.FulcioOptions{BaseURL: srv.URL, Timeout: 2 * time.Minute, Transport: srv.Client().Transport})
 	der, err := client.GetCertificate(t.Context(), keys, &sign.CertificateProviderOptions{IDToken: h.token(t, nil)})
 	if err != nil {
 		t.Fatal(err)
