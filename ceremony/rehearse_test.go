@@ -379,6 +379,39 @@ func TestResumeGoesOn(t *testing.T) {
 	}
 }
 
+// No other program than the one on record goes on with a ceremony.
+func TestResumedByAnotherProgram(t *testing.T) {
+	program := func(content string) string {
+		t.Helper()
+		path := filepath.Join(t.TempDir(), "program")
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	d, tokens := demoDefinition(t), twoTokens(t)
+	root := &faulty{Token: tokens[DemoRootToken], generate: hsm.ErrLost}
+	tokens[DemoRootToken] = root
+	opts := Options{Tokens: tokens, Dir: filepath.Join(memoryFolder(t), "out"), Now: fixedClock, Binary: program("one")}
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, hsm.ErrLost) {
+		t.Fatalf("error %v, want ErrLost", err)
+	}
+	root.generate, opts.Resume = nil, true
+	before, first := countRecords(t, opts.Dir), opts.Binary
+	opts.Binary = program("another")
+	if _, err := Rehearse(t.Context(), d, opts); !errors.Is(err, ErrProgram) || countRecords(t, opts.Dir) != before {
+		t.Errorf("another program: %v, %d records, want ErrProgram and %d", err, countRecords(t, opts.Dir), before)
+	}
+	opts.Binary = first
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Errorf("the same program: %v", err)
+	}
+	opts.Binary = program("a third")
+	if _, err := Rehearse(t.Context(), d, opts); err != nil {
+		t.Errorf("another program, and nothing is to be done: %v", err)
+	}
+}
+
 // Shares that people bring are committed to and used.
 func TestRehearseShares(t *testing.T) {
 	d := demoDefinition(t)

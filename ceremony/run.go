@@ -32,6 +32,9 @@ var (
 	ErrNotEmpty = errors.New("token is not empty")
 	// ErrModule: a PKCS#11 library is not the one that the definition pins.
 	ErrModule = errors.New("module is not the definition's")
+	// ErrProgram: an interrupted ceremony was begun by another program, whose hash
+	// is on record and on everyone's paper.
+	ErrProgram = errors.New("not the program that the ceremony began with")
 	// ErrStopped: the token does not hold what an interrupted ceremony
 	// announced. People have to look; nothing is repaired by itself. Such a
 	// ceremony can only be aborted.
@@ -89,7 +92,8 @@ type Options struct {
 	// Progress is called, from the run's goroutine, before and after every
 	// step; nil means nobody looks.
 	Progress func(Event)
-	// Binary is the path of this program, whose hash is recorded; "" if none.
+	// Binary is the path of this program, whose hash is recorded; "" if none. No
+	// other program goes on with an interrupted ceremony.
 	Binary string
 	// Resume goes on with the interrupted ceremony in Dir. Without it a Dir
 	// that has anything in it is refused with ErrOutputExists.
@@ -156,7 +160,7 @@ func Rehearse(ctx context.Context, def *Definition, opts Options) (*Result, erro
 // first, because a half-made key would end the ceremony.
 //
 // Errors: ErrEnvironment, ErrNotInVersion, ErrOutputExists, ErrWindow,
-// ErrModule, ErrNotEmpty, ErrQuorum, ErrAnswer, ErrLive, ErrStopped,
+// ErrModule, ErrProgram, ErrNotEmpty, ErrQuorum, ErrAnswer, ErrLive, ErrStopped,
 // ErrEntropy, ErrTranscript, ErrCustodians, ErrMachine, ErrBundle, ErrUnfinished, ErrDeclined, ErrAborted, and those
 // of the tokens.
 func Run(ctx context.Context, def *Definition, opts Options) (*Result, error) {
@@ -368,8 +372,26 @@ func (r *run) reopen(path string) error {
 	if err == nil { // a kill before the first record can leave half of it
 		err = newFile(definitionName, r.def.source).write(r.opts.Dir)
 	}
+	if err == nil {
+		err = r.sameProgram()
+	}
 	if err != nil {
 		return errors.Join(err, t.Close())
+	}
+	return nil
+}
+
+// sameProgram wants the program on record, while there is something to do.
+func (r *run) sameProgram() error {
+	if r.opts.Binary == "" || r.facts.binary == "" || r.facts.next == len(r.facts.plan) {
+		return nil
+	}
+	sum, err := hashFile(r.opts.Binary)
+	if err != nil {
+		return fmt.Errorf("hash this program: %w", err)
+	}
+	if sum != r.facts.binary {
+		return fmt.Errorf("on record is SHA-256 %.64s, this is %s: %w", r.facts.binary, sum, ErrProgram)
 	}
 	return nil
 }

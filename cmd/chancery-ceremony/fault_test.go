@@ -85,7 +85,7 @@ func killedAt(t *testing.T, r *room, n int) bool {
 
 // A run that finds another definition than the one that was planned is refused
 // by everyone's paper (see TestProductionRefused), and a resumed one by the
-// transcript.
+// transcript, which also says which program it is.
 func TestDefinitionChanged(t *testing.T) {
 	r := newRoom(t, nil)
 	d := r.run()
@@ -93,6 +93,14 @@ func TestDefinitionChanged(t *testing.T) {
 	d.wait(`as\s+HH:MM:\s+> `)
 	d.interrupt()
 	d.exit()
+	if err := os.Mkdir(filepath.Join(r.dir, "other"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	other := exec.CommandContext(t.Context(), r.write(filepath.Join("other", program), r.read(r.bin)+"\n", 0o700), "resume", r.out())
+	other.Dir, other.Env = r.dir, r.env
+	if out, err := other.CombinedOutput(); err == nil || !bytes.Contains(out, []byte(ceremony.ErrProgram.Error())) || !bytes.Contains(out, []byte("hint: go on with the program that began it")) {
+		t.Errorf("resume with another program: %v\n%s", err, out)
+	}
 	copied := filepath.Join(r.out(), "definition.yaml")
 	text := strings.Replace(r.read(copied), "years: 10", "years: 20", 1)
 	if err := os.WriteFile(copied, []byte(text), 0o600); err != nil {

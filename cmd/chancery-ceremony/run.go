@@ -247,6 +247,8 @@ func (e *interrupted) hint() string {
 		return "the ceremony is over; its records are in " + e.out
 	case state.Quarantined != "":
 		return fmt.Sprintf("change nothing in the token; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
+	case errors.Is(e.err, ceremony.ErrProgram):
+		return "go on with the program that began it, or end with: chancery-ceremony abort " + e.out + " --as ID --reason TEXT"
 	case errors.Is(e.err, ceremony.ErrEnvironment):
 		return fmt.Sprintf("not with this definition; end with: chancery-ceremony abort %s --as ID --reason TEXT", e.out)
 	case errors.Is(e.err, ceremony.ErrCustodians):
