@@ -241,7 +241,7 @@ func (p *Publisher) beginEpoch() {
 
 // signEpoch makes the last record that of a new epoch.
 func (p *Publisher) signEpoch() (Record, error) {
-	at, err := p.time()
+	at, err := p.time(time.Time{})
 	if err != nil {
 		return Record{}, err
 	}

@@ -29,8 +29,8 @@ const (
 	DefaultMaxBackoff = 2 * time.Second
 	// DefaultMaxWaiters bounds the callers of Await.
 	DefaultMaxWaiters = 1 << 16
-	// ClockTolerance is how far the clock may be behind the last head. Within
-	// it a head gets the time of the one before.
+	// ClockTolerance is how far the clock may be behind the last head and the
+	// newest leaf. Within it a head gets the time of the later one.
 	ClockTolerance = 2 * time.Second
 
 	firstBackoff = 50 * time.Millisecond
@@ -53,8 +53,8 @@ type Config struct {
 	Anchor string
 	// AnchorStore replaces the file at Anchor. The Publisher closes it.
 	AnchorStore Anchor
-	// Now is the wall clock. When it refuses, or is more than ClockTolerance
-	// behind the last head, nothing is signed.
+	// Now is the wall clock, that of Tree too. When it refuses, or is more than
+	// ClockTolerance behind the last head or the newest leaf, nothing is signed.
 	Now func() (time.Time, error)
 	// MinInterval > 0 also signs a changed tree for which nobody waits, at
 	// most once in this time. With 0 only callers of Await cause signatures.
@@ -563,7 +563,11 @@ func (p *Publisher) sign(ctx context.Context, root tree.Root) (Record, error) {
 			return Record{}, err
 		}
 	}
-	at, err := p.time()
+	var leaf time.Time
+	if root.Size > 0 {
+		leaf = root.Time
+	}
+	at, err := p.time(leaf)
 	if err != nil {
 		return Record{}, err
 	}
@@ -619,18 +623,28 @@ func (p *Publisher) extends(ctx context.Context, prev Head, root tree.Root) erro
 	return nil
 }
 
-// time is the time of the next head: now, and never before the last head.
-func (p *Publisher) time() (time.Time, error) {
+// time is the time of the next head, or epoch: now, and never before the last
+// head nor before the newest leaf was integrated. An SCT has the time of the
+// clock before its leaf is integrated, and no head may be older than an SCT of
+// its tree (RFC 6962, 3.5), also when the process died before the head and the
+// clock went back.
+func (p *Publisher) time(leaf time.Time) (time.Time, error) {
 	now, err := p.cfg.Now()
 	if err != nil {
 		return time.Time{}, fmt.Errorf("read clock: %w: %w", err, ErrUnavailable)
 	}
 	now = now.UTC().Truncate(time.Millisecond)
+	leaf = leaf.UTC().Truncate(time.Millisecond)
 	if behind := p.last.Time.Sub(now); behind > ClockTolerance {
 		return time.Time{}, fmt.Errorf("clock is %s behind the last head: %w", behind, ErrUnavailable)
 	}
-	if now.Before(p.last.Time) {
-		now = p.last.Time
+	if behind := leaf.Sub(now); behind > ClockTolerance {
+		return time.Time{}, fmt.Errorf("clock is %s behind the newest leaf: %w", behind, ErrUnavailable)
+	}
+	for _, floor := range []time.Time{p.last.Time, leaf} {
+		if now.Before(floor) {
+			now = floor
+		}
 	}
 	return now, nil
 }

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -681,6 +682,48 @@ func testClock(t *testing.T) {
 		last = s
 	}
 	f.close()
+}
+
+// TestHeadIsNotOlderThanItsLeaves: a process that died before it signed had given
+// times to leaves; the clock of the next one is behind them.
+func TestHeadIsNotOlderThanItsLeaves(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		back time.Duration
+		ok   bool
+	}{
+		{"right", 0, true},
+		{"a second and a half back", 1500 * time.Millisecond, true},
+		{"3 seconds back", 3 * time.Second, false},
+	} {
+		run(t, tc.name, func(t *testing.T) {
+			f := newFixture(t).open()
+			f.add(1)
+			f.await(1)
+			time.Sleep(time.Hour)
+			f.add(1) // in no head yet
+			leaf, err := f.clock.Now()
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.close()
+			f.openTree()
+			f.clock.set(-tc.back, nil)
+			f.open()
+			s, err := f.heads.Await(t.Context(), 2)
+			switch {
+			case tc.ok && err != nil:
+				t.Error(err)
+			case tc.ok && s.Time.Before(leaf.Truncate(time.Millisecond)):
+				t.Errorf("head of %v, its newest leaf of %v", s.Time, leaf)
+			case !tc.ok && (!errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "behind the newest leaf")):
+				t.Errorf("error %v, want ErrUnavailable and the clock", err)
+			}
+			f.clock.set(0, nil)
+			f.verify(f.await(2))
+			f.close()
+		})
+	}
 }
 
 func TestAwaitCancelled(t *testing.T) {
