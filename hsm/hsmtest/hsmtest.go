@@ -87,7 +87,7 @@ func newToken(t testing.TB, module string) SoftHSMToken {
 // OpenSoftHSM opens a token of NewSoftHSM until the test ends.
 func OpenSoftHSM(t testing.TB, token SoftHSMToken) *pkcs11.Token {
 	t.Helper()
-	opened, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: token.Module, URI: token.URI, PIN: token.PIN})
+	opened, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: token.Module, URI: token.URI, PIN: token.PIN, Deadline: patience})
 	if err != nil {
 		t.Fatal(err)
 	}

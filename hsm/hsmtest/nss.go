@@ -61,10 +61,6 @@ func NewNSS(t testing.TB) SoftHSMToken {
 	if err := os.WriteFile(password, append(token.PIN, '\n'), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Thousands of rounds against guessing take a second for each new database.
-	if err := os.Setenv("NSS_MAX_MP_PBE_ITERATION_COUNT", "1"); err != nil {
-		t.Fatal(err)
-	}
 	if out, err := exec.Command("certutil", "-N", "-d", "sql:"+dir, "-f", password).CombinedOutput(); err != nil {
 		t.Fatalf("certutil: %v: %s", err, out)
 	}

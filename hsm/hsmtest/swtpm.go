@@ -156,7 +156,7 @@ func (e *Emulator) Reset(t testing.TB) {
 // at each call.
 func (e *Emulator) Config(t testing.TB) tpm.Config {
 	t.Helper()
-	return tpm.Config{Device: e.Socket(), Dir: e.KeyDir(t), Auth: append(RandomID(), RandomID()...)}
+	return tpm.Config{Device: e.Socket(), Dir: e.KeyDir(t), Auth: append(RandomID(), RandomID()...), Deadline: patience}
 }
 
 // OpenSWTPM returns an open token on a fresh TPM, both until the test ends.

@@ -71,7 +71,7 @@ func empty(t testing.TB, e *hsmtest.Emulator) {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	for name, class := range map[string]uint32{"objects": 0x80000000, "loaded sessions": 0x02000000, "saved sessions": 0x03000000} {
