@@ -39,7 +39,7 @@ deps: ## install the Debian packages that are missing
 	@missing=""; for p in $(PACKAGES); do \
 	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
-	  $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	  $(SUDO) apt-get -o Acquire::Retries=3 update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends $$missing >/dev/null; fi
 	@command -v $(GO) >/dev/null || { echo "make: Go 1.26 is needed (https://go.dev/dl)"; exit 1; }
 
 build: deps ## build both programs into bin/

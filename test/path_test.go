@@ -14,6 +14,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io/fs"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -732,6 +733,7 @@ func TestStartRefusals(t *testing.T) {
 		{"no key ring", func(t *testing.T) { hide(t, filepath.Join(dir, "trust", "keys.yaml")) }, 1, "keys"},
 		{"no anchor", func(t *testing.T) { hide(t, filepath.Join(dir, "state", "anchor", "rekor-log1.anchor")) }, 1, "anchor"},
 		{"no log", func(t *testing.T) { hide(t, filepath.Join(dir, "state", "log", "admin.db")) }, 1, "log"},
+		{"an address that is taken", func(t *testing.T) { occupy(t, dir) }, 1, "hint: is this demo running already?"},
 		{"nothing wrong", func(*testing.T) {}, 0, ""}, // nothing above was lost
 		// Last: the token remembers a wrong PIN and is not asked again.
 		{"wrong PIN", replace("pins/online", pin, "0000"), 77, "PIN"},
@@ -752,6 +754,18 @@ func TestStartRefusals(t *testing.T) {
 			}
 		})
 	}
+}
+
+// occupy listens where the demo did.
+func occupy(t *testing.T, dir string) {
+	t.Helper()
+	d := &demo{t: t, dir: dir}
+	d.connect()
+	l, err := net.Listen("tcp", strings.TrimPrefix(d.url, "https://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
 }
 
 // lastError returns the line with which a program explains its end.
