@@ -170,6 +170,10 @@ func TestDialGuard(t *testing.T) {
 			t.Errorf("%s: err %v, public %v", address, err, public)
 		}
 	}
+	local := dialGuard{networks: []netip.Prefix{netip.MustParsePrefix("fe80::/10")}}
+	if err := local.control(t.Context(), "tcp", "[fe80::1%eth0]:443", nil); err != nil {
+		t.Errorf("a configured address with a zone: %v", err)
+	}
 	if !(dialGuard{loopback: true}).allows(netip.MustParseAddr("127.0.0.1")) {
 		t.Error("loopback refused where it is allowed")
 	}

@@ -152,9 +152,12 @@ func tenants(t *testing.T) (base string, token func(tenant string) string, asked
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
 		tenant, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
-		if strings.HasPrefix(tenant, "missing") {
+		switch {
+		case strings.HasPrefix(tenant, "missing"):
 			http.NotFound(w, r)
 			return
+		case strings.HasPrefix(tenant, "broken"):
+			panic(http.ErrAbortHandler) // hangs up
 		}
 		provider("http://"+r.Host+"/"+tenant).ServeHTTP(w, r)
 	}))
@@ -196,8 +199,11 @@ func TestMetaIssuer(t *testing.T) {
 	if _, err := v.Verify(t.Context(), token("a.b")); !errors.Is(err, ErrToken) {
 		t.Errorf("an issuer that fits nothing: %v", err)
 	}
+	for iss, m := range v.others.members {
+		v.others.endProbation(iss, m)
+	}
 	if n := len(v.others.members); n != 1 {
-		t.Errorf("%d issuers are remembered, want 1", n)
+		t.Errorf("%d issuers are remembered after their probation, want the one that was proven", n)
 	}
 }
 
@@ -271,11 +277,13 @@ func TestMetaIssuerCosts(t *testing.T) {
 	if n := asked.Load(); n != 0 || len(v.others.members) != 0 {
 		t.Errorf("%d requests, %d issuers", n, len(v.others.members))
 	}
-	if _, err := v.Verify(t.Context(), token("missing-secret")); !errors.Is(err, ErrUnavailable) {
-		t.Error(err)
+	for _, tenant := range []string{"missing-secret", "broken-secret"} { // the one answers, the other's error names it
+		if _, err := v.Verify(t.Context(), token(tenant)); !errors.Is(err, ErrUnavailable) {
+			t.Error(err)
+		}
 	}
-	idptest.Until(t, "a line of the log", func() bool { return strings.Contains(log.String(), "not refreshed") })
-	if text := log.String(); strings.Contains(text, "missing-secret") || !strings.Contains(text, base+"/*") {
+	idptest.Until(t, "a line of the log for each", func() bool { return strings.Count(log.String(), "not refreshed") >= 2 })
+	if text := log.String(); strings.Contains(text, "-secret") || !strings.Contains(text, base+"/*") {
 		t.Errorf("log: %s", text)
 	}
 	if h := v.Health(); len(h) != 0 {
@@ -345,6 +353,9 @@ func TestRoom(t *testing.T) {
 	if f.room(now) {
 		t.Error("there is no room")
 	}
+	if _, err := f.open(pattern{}, "https://another.example"); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("a new issuer without room: %v", err)
+	}
 	f.members["busy too"].used = now.Add(-idleTime)
 	if !f.room(now) {
 		t.Error("an idle issuer makes room")
@@ -371,7 +382,7 @@ func TestPinnedKeys(t *testing.T) {
 	}
 	write("keys.json", []byte(`{"keys":[]}`))
 	write("discovery.json", get("/.well-known/openid-configuration"))
-	write("other.json", []byte(`{"issuer":"https://other.example","jwks_uri":"https://other.example/keys"}`))
+	write("other.json", fmt.Appendf(nil, `{"issuer":"https://other.example","jwks_uri":%q}`, i.Issuer()+"/jwks")) // of keys that would do
 	write("huge.json", make([]byte, maxAnswer+1))
 	verifier := func(change func(*Issuer)) *Verifier {
 		issuer := i.email()

@@ -45,6 +45,21 @@ func TestUses(t *testing.T) {
 	}
 }
 
+// TestUndoOfNothing: what was not used cannot be taken back.
+func TestUndoOfNothing(t *testing.T) {
+	u := NewUses(10)
+	token := TokenUse{ID: [32]byte{1}, Expires: noon.Add(time.Hour), MaxUses: 1}
+	for n, want := range []error{nil, nil, ErrUsed} {
+		if _, err := u.Count(token, [32]byte{}, noon); !errors.Is(err, want) {
+			t.Errorf("use %d: err %v, want %v", n, err, want)
+		}
+		if n == 0 {
+			u.Undo(token)
+			u.Undo(token)
+		}
+	}
+}
+
 // TestUsesAreBounded: a full memory refuses tokens with limits, lets others
 // pass uncounted, and is empty again when they have expired.
 func TestUsesAreBounded(t *testing.T) {
