@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
@@ -466,6 +467,57 @@ func TestSubmissionsAreBounded(t *testing.T) {
 	close(gate)
 	if status := <-done; status != 200 {
 		t.Errorf("first submission: %d", status)
+	}
+}
+
+// waitingTree stops in Entries until the gate is open.
+type waitingTree struct {
+	tree.Tree
+	arrived, gate chan struct{}
+}
+
+func (s *waitingTree) Entries(ctx context.Context, start, count uint64) ([]tree.Entry, error) {
+	s.arrived <- struct{}{}
+	<-s.gate
+	return s.Tree.Entries(ctx, start, count)
+}
+
+// TestAnswersWithEntriesAreBounded: whoever asks for many at once, and takes none,
+// holds no more of our memory than the budget.
+func TestAnswersWithEntriesAreBounded(t *testing.T) {
+	const most = (64 << 20) / tree.Answer
+	for _, path := range []string{"/ct/v1/get-entries?start=0&end=2", "/tile/data/000.p/3"} {
+		t.Run(path, func(t *testing.T) {
+			slow := &waitingTree{arrived: make(chan struct{}), gate: make(chan struct{})}
+			f := newFixture(t, func(c *ct.Config) { slow.Tree = c.Tree; c.Tree = slow })
+			f.fill(t, 3)
+			f.publish(t)
+			handler, answers := f.srv.Config.Handler, make(chan int, most)
+			ask := func() *httptest.ResponseRecorder {
+				rec := httptest.NewRecorder()
+				handler.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/ct/2026"+path, nil))
+				return rec
+			}
+			for range most {
+				go func() { answers <- ask().Code }()
+			}
+			for range most {
+				<-slow.arrived
+			}
+			if rec := ask(); rec.Code != http.StatusServiceUnavailable || rec.Header().Get("Retry-After") == "" {
+				t.Errorf("one more: %d %v", rec.Code, rec.Header())
+			}
+			close(slow.gate)
+			for range most {
+				if code := <-answers; code != http.StatusOK {
+					t.Errorf("answer %d", code)
+				}
+			}
+			go func() { <-slow.arrived }()
+			if rec := ask(); rec.Code != http.StatusOK {
+				t.Errorf("afterwards: %d", rec.Code)
+			}
+		})
 	}
 }
 

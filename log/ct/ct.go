@@ -50,7 +50,9 @@ const (
 	// pages until the answer holds this many octets.
 	maxEntryOctets = 4 << 20
 	entryPage      = 32
-	maxIssuers     = 1024 // issuers remembered for /issuer
+	// maxHeld bounds the octets of entries in answers that clients are taking.
+	maxHeld    = 64 << 20
+	maxIssuers = 1024 // issuers remembered for /issuer
 	// Larger keys make a verification a denial of service.
 	maxRSABits         = 8192
 	maxDSABits         = 3072 // FIPS 186-4, with a subgroup of
@@ -107,6 +109,7 @@ type Log struct {
 	roots  *x509util.PEMCertPool
 	ekus   []ctx509.ExtKeyUsage
 	slots  chan struct{} // submissions in flight
+	reads  *tree.Budget  // answers with entries
 	answer struct {      // answers that never change
 		roots, rootsTag []byte
 	}
@@ -131,6 +134,7 @@ func New(cfg Config) (*Log, error) {
 		logID:   logID,
 		roots:   x509util.NewPEMCertPool(),
 		slots:   make(chan struct{}, cfg.MaxInFlight),
+		reads:   tree.NewBudget(maxHeld),
 		issuers: make(map[[sha256.Size]byte][]byte),
 	}
 	for _, eku := range cfg.ExtKeyUsages {

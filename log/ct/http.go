@@ -279,13 +279,26 @@ func matches(field, tag string) bool {
 // writeJSON answers as ctfe does: application/json and one line. What is read
 // has an entity tag; what is submitted has none.
 func writeJSON(c echo.Context, cache string, v any) error {
+	body, err := encodeJSON(v)
+	if err != nil {
+		return err
+	}
+	return writeBody(c, cache, body)
+}
+
+func encodeJSON(v any) ([]byte, error) {
 	var body bytes.Buffer
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
-		return fmt.Errorf("encode answer: %w", err)
+		return nil, fmt.Errorf("encode answer: %w", err)
 	}
+	return body.Bytes(), nil
+}
+
+// writeBody answers with JSON.
+func writeBody(c echo.Context, cache string, body []byte) error {
 	tag := ""
 	if c.Request().Method != http.MethodPost {
-		tag = string(etag(body.Bytes()))
+		tag = string(etag(body))
 	}
-	return blob(c, echo.MIMEApplicationJSON, cache, tag, body.Bytes())
+	return blob(c, echo.MIMEApplicationJSON, cache, tag, body)
 }

@@ -131,18 +131,20 @@ func (l *Log) getEntries(c echo.Context) error {
 	if count < wanted {
 		cache = cacheMinute
 	}
-	answer := ct.GetEntriesResponse{Entries: make([]ct.LeafEntry, 0, count)}
-	err = l.entries(c.Request().Context(), start, count, maxEntryOctets, func(e tree.Entry, data []byte) error {
-		answer.Entries = append(answer.Entries, ct.LeafEntry{LeafInput: e.Value, ExtraData: data})
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if uint64(len(answer.Entries)) < count {
-		cache = cacheMinute
-	}
-	return writeJSON(c, cache, answer)
+	return l.reads.Serve(func() ([]byte, error) {
+		answer := ct.GetEntriesResponse{Entries: make([]ct.LeafEntry, 0, count)}
+		err := l.entries(c.Request().Context(), start, count, maxEntryOctets, func(e tree.Entry, data []byte) error {
+			answer.Entries = append(answer.Entries, ct.LeafEntry{LeafInput: e.Value, ExtraData: data})
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		if uint64(len(answer.Entries)) < count {
+			cache = cacheMinute
+		}
+		return encodeJSON(answer)
+	}, func(body []byte) error { return writeBody(c, cache, body) })
 }
 
 // entries calls yield for count entries from start on, with their extra_data;
@@ -227,20 +229,22 @@ func (l *Log) getTile(c echo.Context) error {
 	if !p.In(signed.Size) {
 		return notFound("the newest tree head does not cover this tile")
 	}
-	var data []byte
-	if p.Entries {
-		data, err = l.dataTile(c.Request().Context(), p)
-	} else {
-		data, err = l.cfg.Tree.Tile(c.Request().Context(), p.Level, p.Index, p.Width)
-	}
-	if err != nil {
-		return fmt.Errorf("read tile: %w", err)
-	}
 	cache := cacheForever
 	if !p.Full() {
 		cache = cacheDay
 	}
-	return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
+	ctx := c.Request().Context()
+	write := func(data []byte) error {
+		return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
+	}
+	if p.Entries {
+		return l.reads.Serve(func() ([]byte, error) { return l.dataTile(ctx, p) }, write)
+	}
+	data, err := l.cfg.Tree.Tile(ctx, p.Level, p.Index, p.Width)
+	if err != nil {
+		return fmt.Errorf("read tile: %w", err)
+	}
+	return write(data)
 }
 
 // dataTile builds an entry bundle.

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -511,6 +512,52 @@ func TestEntriesAreBounded(t *testing.T) {
 	close(s.gate)
 	if status := <-done; status != 201 {
 		t.Errorf("first entry: %d", status)
+	}
+}
+
+// waiting stops in Entries until the gate is open.
+type waiting struct {
+	tree.Tree
+	arrived, gate chan struct{}
+}
+
+func (w *waiting) Entries(ctx context.Context, start, count uint64) ([]tree.Entry, error) {
+	w.arrived <- struct{}{}
+	<-w.gate
+	return w.Tree.Entries(ctx, start, count)
+}
+
+// TestBundlesAreBounded: whoever asks for many at once, and takes none, holds no
+// more of our memory than the budget.
+func TestBundlesAreBounded(t *testing.T) {
+	const most = (64 << 20) / tree.Answer
+	w := &waiting{arrived: make(chan struct{}), gate: make(chan struct{})}
+	f := newFixture(t, func(c *rekor.Config) { w.Tree = c.Tree; c.Tree = w })
+	resp, answer := f.post(t, body(t, p256(t).request(t, "artefact")))
+	f.created(t, resp, answer)
+	handler, answers := f.srv.Config.Handler, make(chan int, most)
+	ask := func() *httptest.ResponseRecorder {
+		rec := httptest.NewRecorder()
+		handler.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/api/v2/tile/entries/000.p/1", nil))
+		return rec
+	}
+	for range most {
+		go func() { answers <- ask().Code }()
+	}
+	for range most {
+		<-w.arrived
+	}
+	if rec := ask(); rec.Code != 503 || rec.Header().Get("Retry-After") == "" || parseStatus(t, rec.Body.Bytes()).Code != 14 {
+		t.Errorf("one more: %d %v", rec.Code, rec.Header())
+	}
+	if resp, _ := f.get(t, "/api/v2/tile/0/000.p/1"); resp.StatusCode != 200 {
+		t.Errorf("a tile without entries: %d", resp.StatusCode)
+	}
+	close(w.gate)
+	for range most {
+		if code := <-answers; code != 200 {
+			t.Errorf("answer %d", code)
+		}
 	}
 }
 

@@ -229,21 +229,22 @@ func (l *Log) getTile(c echo.Context) error {
 	if !p.In(l.cfg.Heads.Latest().Size) {
 		return &failure{code: codes.NotFound, status: http.StatusNotFound, message: "the newest checkpoint does not cover this tile"}
 	}
-	ctx := c.Request().Context()
-	var data []byte
-	if p.Entries {
-		data, err = l.bundle(ctx, p)
-	} else {
-		data, err = l.cfg.Tree.Tile(ctx, p.Level, p.Index, p.Width)
-	}
-	if err != nil {
-		return fmt.Errorf("read tile: %w", err)
-	}
 	cache := cacheForever
 	if !p.Full() {
 		cache = cacheMinute
 	}
-	return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
+	ctx := c.Request().Context()
+	write := func(data []byte) error {
+		return blob(c, echo.MIMEOctetStream, cache, fmt.Sprintf(`"%x-%s"`, l.logID[:8], path), data)
+	}
+	if p.Entries {
+		return l.reads.Serve(func() ([]byte, error) { return l.bundle(ctx, p) }, write)
+	}
+	data, err := l.cfg.Tree.Tile(ctx, p.Level, p.Index, p.Width)
+	if err != nil {
+		return fmt.Errorf("read tile: %w", err)
+	}
+	return write(data)
 }
 
 // Bundle returns what /tile/entries/… serves for consecutive entries, an entry

@@ -44,6 +44,8 @@ const (
 	// that large or slow ones cannot take the memory or the slots of others.
 	smallBody  = 128 << 10
 	largeSlots = 8
+	// maxHeld bounds the octets of entry bundles that clients are taking.
+	maxHeld = 64 << 20
 	// DefaultMaxInFlight is how many entries are worked on at once.
 	DefaultMaxInFlight = 512
 	// DefaultMaxClients is how many client addresses have a token bucket.
@@ -98,6 +100,7 @@ type Log struct {
 	logID [sha256.Size]byte
 	small chan struct{} // requests in flight
 	large chan struct{} // of those, requests with a large body
+	reads *tree.Budget  // answers with entries
 	admit *admission
 	rates *buckets
 	again *replays
@@ -119,6 +122,7 @@ func New(cfg Config) (*Log, error) {
 		logID: logID,
 		small: make(chan struct{}, cfg.MaxInFlight),
 		large: make(chan struct{}, largeSlots),
+		reads: tree.NewBudget(maxHeld),
 		admit: admit,
 		rates: newBuckets(cfg.Rate, cfg.Burst, DefaultMaxClients),
 		again: newReplays(cfg.Replay),
