@@ -155,3 +155,41 @@ func TestOpenDuringRecovery(t *testing.T) {
 		t.Errorf("%d logins, want the one of Open", got)
 	}
 }
+
+// TestStaleLogin: a session that is logged in, and that nobody here knows of, is
+// closed before the token is opened, which logs in itself. Another token of the
+// library does not notice.
+func TestStaleLogin(t *testing.T) {
+	f := setUp(t, pkcs11.Config{}) // the library stays initialised
+	other := f.shim.NewToken(t)
+	lib := p11.New(other.Module)
+	slots, err := lib.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, slot := range slots {
+		info, err := lib.GetTokenInfo(slot)
+		if err != nil || info.Label != other.Label {
+			continue
+		}
+		session, err := lib.OpenSession(slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lib.Login(session, p11.CKU_USER, string(other.PIN)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	logins := f.shim.Logins()
+	opened, err := pkcs11.Open(t.Context(), pkcs11.Config{Module: other.Module, URI: other.URI, PIN: other.PIN})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := f.shim.Logins() - logins; got != 1 {
+		t.Errorf("%d logins, want 1", got)
+	}
+	wants(t, f.token, "sign meanwhile", f.sign(t.Context()), nil)
+	if err := opened.Close(); err != nil {
+		t.Error(err)
+	}
+}
