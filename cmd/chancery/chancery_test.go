@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -16,6 +17,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	reportEvery = time.Hour
 	testscript.Main(m, map[string]func(){"chancery": main})
 }
 
