@@ -1,8 +1,10 @@
 package service
 
 import (
+	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -51,5 +53,62 @@ func TestGatewayAnswers(t *testing.T) {
 	}
 	if n := strings.Count(log.String(), "inner text"); n < 2 {
 		t.Errorf("the operator does not see what went wrong: %s", log.String())
+	}
+}
+
+// TestServeDrains: when it is told to end, the service is not ready, takes nobody
+// new, and answers who is there.
+func TestServeDrains(t *testing.T) {
+	s, _, _ := unready(t)
+	s.cfg.Operator = ""
+	s.echo = s.newEcho()
+	s.registerHealth()
+	entered, release := make(chan struct{}), make(chan struct{})
+	s.echo.GET("/slow", func(c echo.Context) error {
+		close(entered)
+		<-release
+		return c.NoContent(http.StatusNoContent)
+	})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	served, status := make(chan error, 1), make(chan int, 1)
+	go func() { served <- s.Serve(ctx, l, func() {}) }()
+	go func() {
+		resp, err := http.Get("http://" + l.Addr().String() + "/slow")
+		if err != nil {
+			t.Error(err)
+			status <- 0
+			return
+		}
+		_ = resp.Body.Close()
+		status <- resp.StatusCode
+	}()
+	<-entered
+	stop()
+	until(t, "an end to new connections", func() bool {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err == nil {
+			_ = c.Close()
+		}
+		return err != nil
+	})
+	if err := s.Ready(); err == nil || err.Error() != "shutting down" {
+		t.Errorf("ready: %v", err)
+	}
+	select {
+	case err := <-served:
+		t.Errorf("it ended before the answer: %v", err)
+	default:
+	}
+	close(release)
+	if got := <-status; got != http.StatusNoContent {
+		t.Errorf("status %d of what was in flight", got)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }
