@@ -79,7 +79,7 @@ func (r *Remote) Start(t testing.TB) {
 	// The server forks; in the foreground and in a group of its own the whole
 	// of it can be killed.
 	r.cmd = exec.Command("p11-kit", "server", "--foreground", "--name", r.socket, "--provider", r.real, "pkcs11:")
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -82,6 +82,7 @@ func exclusively(ctx context.Context, a, b *module, f func() error) error {
 		select {
 		case b.lock <- struct{}{}:
 			defer func() { <-b.lock }()
+			defer b.enter()()
 		case <-ctx.Done():
 			return fmt.Errorf("wait for module: %w (%w)", hsm.ErrBusy, context.Cause(ctx))
 		}

@@ -384,7 +384,7 @@ func (x *attested) testChallenge(t *testing.T) {
 func (x *attested) testOpenSSL(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
-		t.Skip("openssl is not installed")
+		hsmtest.Missing(t, "openssl is not installed")
 	}
 	// TPMT_PUBLIC of AK ends with two coordinates, TPMT_SIGNATURE with r and s.
 	point := x.a.AK[len(x.a.AK)-68:]
@@ -646,7 +646,7 @@ func TestAttestWithoutCertificate(t *testing.T) {
 func TestVerifiedFromFiles(t *testing.T) {
 	gotool, err := exec.LookPath("go")
 	if err != nil {
-		t.Skip("no go command to build the verifier with")
+		hsmtest.Missing(t, "no go command to build the verifier with")
 	}
 	dir := t.TempDir()
 	e := hsmtest.SWTPM(t)
