@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -89,15 +90,16 @@ type exchanged struct {
 
 func exchange(t testing.TB, d *Definition) *exchanged {
 	t.Helper()
-	stick := t.TempDir()
+	stick, people := t.TempDir(), &scripted{}
 	x := &exchanged{
 		online: newHalf(t, d, Online, hsmtest.SoftHSM(t)), offline: newHalf(t, d, Offline, hsmtest.SoftHSM(t)),
 		request: filepath.Join(stick, "request.tar"), response: filepath.Join(stick, "response.tar"),
 	}
+	x.online.opts.People, x.offline.opts.People = people, people
 	if err := x.online.run(t, ""); !errors.Is(err, ErrBundle) {
 		t.Fatalf("online, before the exchange: %v, want ErrBundle", err)
 	}
-	x.online.export(t, x.request)
+	request := x.online.export(t, x.request)
 	if err := x.offline.run(t, ""); !errors.Is(err, ErrBundle) {
 		t.Fatalf("offline, before the exchange: %v, want ErrBundle", err)
 	}
@@ -107,11 +109,42 @@ func exchange(t testing.TB, d *Definition) *exchanged {
 	if err := x.offline.run(t, x.request); err != nil {
 		t.Fatal(err)
 	}
-	x.offline.export(t, x.response)
+	response := x.offline.export(t, x.response)
 	if err := x.online.run(t, x.response); err != nil {
 		t.Fatal(err)
 	}
+	wordsComeFromElsewhere(t, people, request, response)
 	return x
+}
+
+// wordsComeFromElsewhere fails the test if the screen before which the words of a
+// bundle are typed has told them.
+func wordsComeFromElsewhere(t testing.TB, people *scripted, bundles ...*bundle.Bundle) {
+	t.Helper()
+	var screen strings.Builder
+	imports := 0
+	for _, q := range people.asked {
+		if q.ID == string(StepImport) {
+			imports++
+		}
+		for _, f := range q.Facts {
+			screen.WriteString(f.Text + "\n")
+		}
+		screen.WriteString(q.Title + q.Why + q.Prompt + "\n")
+	}
+	for _, n := range people.told {
+		for _, f := range n.Facts {
+			screen.WriteString(f.Text + "\n")
+		}
+	}
+	for _, b := range bundles {
+		if hash := b.Hash(); strings.Contains(screen.String(), b.Words()) || strings.Contains(screen.String(), hex.EncodeToString(hash[:])) {
+			t.Errorf("the words of the %s are on the screen that asks for them", b.Kind)
+		}
+	}
+	if imports != len(bundles) {
+		t.Errorf("%d questions for the words of a bundle, want %d", imports, len(bundles))
+	}
 }
 
 func TestTwoMachines(t *testing.T) {
