@@ -194,6 +194,34 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// TestLongLifetimeOfARule: no rule gives a certificate a longer life than the
+// authority's.
+func TestLongLifetimeOfARule(t *testing.T) {
+	rules, err := policy.New([]policy.Rule{{Name: "people", Effect: policy.Allow, Lifetime: time.Hour}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := catest.NewParts(t)
+	cfg := f.Config()
+	cfg.Policy, cfg.Lifetime = rules, 5*time.Minute
+	cert, err := catest.Authority(t, cfg).Issue(t.Context(), request(t))
+	if err != nil || cert.NotAfter.Sub(cert.NotBefore) != 5*time.Minute {
+		t.Errorf("%+v, %v", cert, err)
+	}
+}
+
+// TestLongReason: a record has the beginning of a long error, in whole characters.
+func TestLongReason(t *testing.T) {
+	dir, log := openAudit(t)
+	cfg := catest.NewParts(t).Config()
+	cfg.Audit = log
+	catest.Authority(t, cfg).Refused("r", nil, errors.New("x"+strings.Repeat("ä", 10_000)))
+	got := records(t, dir, log)
+	if len(got) != 1 || got[0].Reason != "x"+strings.Repeat("ä", 149) {
+		t.Errorf("%d records, reason %q", len(got), got[0].Reason)
+	}
+}
+
 // TestUsedToken: a token beyond its uses gets nothing.
 func TestUsedToken(t *testing.T) {
 	f := catest.NewParts(t)

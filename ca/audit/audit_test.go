@@ -251,6 +251,7 @@ func TestInsistence(t *testing.T) {
 		refuse("insistent", 1000)
 		refuse("other", 1)
 		time.Sleep(omittedEvery) // the bubble's clock
+		synctest.Wait()          // the writer's minute is over, too
 		refuse("insistent", 1)
 		for i := range maxTokens + strangerBurst {
 			refuse(strconv.Itoa(i), 1)

@@ -1,13 +1,18 @@
 package server
 
 import (
+	"context"
 	"errors"
+	"net/http"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/chancery-ca/chancery/ca"
+	"github.com/chancery-ca/chancery/ca/identity"
 )
 
 // token is a device that makes so many certificates at once, each in so long.
@@ -131,6 +136,21 @@ func TestAdmissionOfStrangers(t *testing.T) {
 		}
 		all.Wait()
 	})
+}
+
+// TestClientLeft: what a client that went away is answered is no fault of ours,
+// whatever failed because of it.
+func TestClientLeft(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, err := range []error{ca.ErrUnavailable, ca.ErrBusy, ca.ErrCA, identity.ErrUnavailable, context.Canceled} {
+		if f := failureOf(ctx, err); f.status != statusClientClosed || f.code != codes.Canceled || f.retry != 0 {
+			t.Errorf("%v: %+v", err, f)
+		}
+	}
+	if f := failureOf(ctx, errSlow); f.status != http.StatusRequestTimeout {
+		t.Errorf("a late body, which ends the context too: %+v", f)
+	}
 }
 
 // TestAdmissionRefuses: what the refused get, and that those who fail give
