@@ -176,6 +176,22 @@ func TestLateForTheFetch(t *testing.T) {
 	})
 }
 
+// TestAskedAsTheTimeIsOver: a fetch that is asked for at the moment at which one
+// begins anyway is that one, and no other follows.
+func TestAskedAsTheTimeIsOver(t *testing.T) {
+	k := newKeyring(nil, func() {}, discard)
+	k.finish(k.begin(), &snapshot{}, nil)
+	asked, err := k.join(k.ended.Load())
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun := k.begin() // by the timer
+	k.finish(begun, &snapshot{}, nil)
+	if asked != begun || len(k.wake) != 0 {
+		t.Errorf("asked for %p, begun %p, %d more to come", asked, begun, len(k.wake))
+	}
+}
+
 // TestKeyOfALaterFetch: requests that come while a fetch is under way, which has
 // its answer from before the issuer published their key, share another one.
 func TestKeyOfALaterFetch(t *testing.T) {
