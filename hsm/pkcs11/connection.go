@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ThalesIgnite/crypto11"
 	"github.com/chancery-ca/chancery/hsm"
@@ -22,6 +23,7 @@ type connection struct {
 	sessions int                           // signing sessions
 	sizes    map[uint]pkcs11.MechanismInfo // of mechanisms we use
 	lost     bool                          // under recovery.mu and Token.gate: it was reported lost
+	gone     atomic.Bool                   // and without a doubt: nothing more goes over it
 
 	mu    sync.Mutex           // held while admin is in use
 	admin pkcs11.SessionHandle // one operation at a time (PKCS#11 v2.40, Section 2.6.5)

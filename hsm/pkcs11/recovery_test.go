@@ -88,6 +88,23 @@ func TestLostAgainAtOnce(t *testing.T) {
 	}
 }
 
+// TestLostForAll: who comes after a loss gets ErrBusy, also while the supervisor
+// has not yet begun; nothing more goes over that connection.
+func TestLostForAll(t *testing.T) {
+	f, h := setUpHalting(t, "connection lost, reopening the module")
+	answer := make(chan error, 1)
+	f.shim.Fail(hsmtest.SignInit, p11.CKR_DEVICE_REMOVED, 1)
+	go func() { answer <- f.sign(t.Context()) }()
+	<-h.reached
+	calls := f.shim.Calls(hsmtest.SignInit)
+	wants(t, f.token, "a later caller", f.sign(t.Context()), hsm.ErrBusy)
+	if got := f.shim.Calls(hsmtest.SignInit); got != calls {
+		t.Errorf("%d calls over a lost connection", got-calls)
+	}
+	close(h.goOn)
+	wants(t, f.token, "the caller that noticed", <-answer, nil)
+}
+
 // TestNoLoginAfterRefusal: from the moment at which a PIN was refused while the
 // module was reopened nothing logs in, until every token is closed; then whoever
 // opens one has decided to.

@@ -116,6 +116,7 @@ func (m *module) lose(t *Token, err error) {
 	defer r.mu.Unlock()
 	t.conn.lost = true
 	if !errors.As(err, new(unproven)) {
+		t.conn.gone.Store(true)
 		r.hold = 0
 		if r.now != nil {
 			close(r.now)

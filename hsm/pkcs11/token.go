@@ -262,7 +262,7 @@ func (t *Token) once(ctx context.Context, share hsm.Share, f func(*connection) e
 			return t.why()
 		}
 		defer t.gate.RUnlock()
-		if t.conn == nil {
+		if t.conn == nil || t.conn.gone.Load() {
 			return t.why()
 		}
 		err := classify(f(t.conn))
