@@ -416,6 +416,7 @@ func (s *site) run(t *testing.T) (*exec.Cmd, *syncBuffer) {
 	}
 	t.Cleanup(func() { _, _ = cmd.Process.Kill(), cmd.Wait() })
 	notifications.await(t, "READY=1")
+	s.awaitKeys(t)
 	return cmd, log
 }
 

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -48,6 +49,10 @@ type site struct {
 	whole  *testing.T // the test at whose end the site stops
 	config string     // path
 	env    []string
+
+	// operator is the address at which a service with a CA says how it is; "" for
+	// one without.
+	operator string
 }
 
 // newSite makes the keys and certificates of a site.
@@ -92,8 +97,14 @@ func (s *site) configureAlone(t *testing.T, ct map[string]any) {
 	s.write(t, config)
 }
 
+// write writes the site's configuration.
 func (s *site) write(t *testing.T, config map[string]any) {
 	t.Helper()
+	s.operator = ""
+	if _, ok := config["ca"]; ok {
+		s.operator = freePort(t)
+		config["operator"] = s.operator
+	}
 	raw, err := yaml.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +141,29 @@ func (s *site) serve() (stop func()) {
 	}
 	t.Cleanup(stop)
 	notifications.await(t, "READY=1")
+	s.awaitKeys(t)
 	return stop
+}
+
+// awaitKeys waits until the service has the keys of its identity providers: it
+// is ready before, and a request waits for them only a while, which on a busy
+// machine may be too short.
+func (s *site) awaitKeys(t *testing.T) {
+	t.Helper()
+	if s.operator == "" {
+		return
+	}
+	eventually(t, "keys of every issuer", func() bool {
+		resp, err := http.Get("http://" + s.operator + "/status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var status struct{ Issuers []struct{ Keys int } }
+		if err := json.Unmarshal(s.body(resp, "status", http.StatusOK), &status); err != nil || len(status.Issuers) == 0 {
+			t.Fatalf("status %+v, %v", status, err)
+		}
+		return !slices.ContainsFunc(status.Issuers, func(i struct{ Keys int }) bool { return i.Keys == 0 })
+	})
 }
 
 // certificate asks for a certificate and expects status; it returns the leaf
