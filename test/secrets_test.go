@@ -370,6 +370,7 @@ func TestTPMAuthAppearsNowhere(t *testing.T) {
 	cmd, out := s.start(append([]string{"GOTRACEBACK=crash"}, site.env...), chancery, "serve", "--config", site.config, "--log-level", "debug")
 	eventually(t, "a service", func() bool { return strings.Contains(out.String(), "msg=serving") })
 	s.text("readyz", string(site.get("/readyz", http.StatusOK)))
+	site.awaitKeys(t)
 	site.certificate(t, site.idp, http.StatusOK)
 	s.process(cmd.Process.Pid)
 	s.sealed(cmd.Process.Pid)

@@ -125,6 +125,7 @@ func (s *tpmSite) start(t *testing.T) {
 	}
 	s.whole.Cleanup(s.kill)
 	notifications.await(t, "READY=1")
+	s.awaitKeys(t)
 }
 
 // stop ends the service as systemd does.
