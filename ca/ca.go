@@ -24,9 +24,8 @@
 //     record of it. When one fails, what was signed is dropped and never sent,
 //     and the audit says so. Of a log elsewhere the CA knows only its signed
 //     promise, the SCT.
-//   - Every decision about an identity, yes or no, is in the audit; requests
-//     without a valid token, and those of one token that is refused again and
-//     again, as far as the audit takes them, the others as a number.
+//   - Every decision about an identity, yes or no, is in the audit; of requests
+//     without a valid token as many as the audit takes.
 //   - At most MaxConcurrent requests are in work; the next gets ErrBusy at
 //     once.
 //

@@ -17,9 +17,8 @@
 //   - When a line cannot be written every later Append fails too, until the
 //     process is restarted and what is on the disk was read again. Issuing
 //     stops.
-//   - Nobody fills the disk with refusals: records of requests that did not
-//     authenticate are limited, and those of one token, which anybody has whose
-//     provider is everybody's; what was left out is counted in a record.
+//   - Nobody fills the disk without a token: records of requests that did not
+//     authenticate are limited, and what was left out is counted in a record.
 //
 // It trusts the file system to keep what fdatasync acknowledged, and its caller
 // for what a Record says. A Record names the identity that goes into the
@@ -159,8 +158,6 @@ const (
 	strangerRate  = 5 // records of requests that did not authenticate, per second
 	strangerBurst = 100
 	omittedEvery  = time.Minute
-	tokenRefusals = 20   // records of refused requests of one token, per omittedEvery
-	maxTokens     = 4096 // that are told apart; more are strangers
 )
 
 // Log is an open audit. It is safe for concurrent use. One goroutine owns the
@@ -174,9 +171,8 @@ type Log struct {
 	closing   func() error  // Close, once
 
 	mu      sync.Mutex
-	refused map[string]int // records of refused requests since the last omitted.C, by token; guarded by mu
-	omitted uint64         // refused requests that got no record; guarded by mu
-	dead    error          // why nothing can be written; guarded by mu
+	omitted uint64 // refused requests that got no record; guarded by mu
+	dead    error  // why nothing can be written; guarded by mu
 
 	w writer // the goroutine's own
 }
@@ -220,7 +216,7 @@ func Open(cfg Config) (*Log, error) {
 	}
 	l := &Log{
 		cfg: cfg, queue: make(chan *entry, maxQueue), strangers: rate.NewLimiter(strangerRate, strangerBurst),
-		stop: make(chan struct{}), done: make(chan struct{}), refused: map[string]int{},
+		stop: make(chan struct{}), done: make(chan struct{}),
 	}
 	l.closing = sync.OnceValue(l.close)
 	if err := l.w.open(cfg); err != nil {
@@ -262,31 +258,17 @@ func (l *Log) Note(r Record) {
 }
 
 // Refuse notes a refused request. authenticated says whether it had a valid
-// token; of those without one only so many a second are written, of those with
-// one and the same 20 a minute, and the rest are counted.
+// token; of those without one only so many a second are written, and the rest
+// are counted.
 func (l *Log) Refuse(r Record, authenticated bool) {
 	r.Type = TypeRefused
-	if l.takes(r.Token, authenticated) {
-		l.Note(r)
-	}
-}
-
-// takes says whether a refused request gets a record, and counts it.
-func (l *Log) takes(token string, authenticated bool) (ok bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	n, known := l.refused[token]
-	switch {
-	case !authenticated, !known && len(l.refused) >= maxTokens:
-		ok = l.strangers.Allow()
-	case n < tokenRefusals:
-		l.refused[token] = n + 1
-		ok = true
-	}
-	if !ok {
+	if !authenticated && !l.strangers.Allow() {
+		l.mu.Lock()
 		l.omitted++
+		l.mu.Unlock()
+		return
 	}
-	return ok
+	l.Note(r)
 }
 
 // Err is why nothing can be written, or nil.
@@ -360,12 +342,10 @@ func (l *Log) gather(first *entry) []*entry {
 	return batch
 }
 
-// countOmitted makes the record of what was left out, if anything was, and begins
-// to count afresh.
+// countOmitted makes the record of what was left out, if anything was.
 func (l *Log) countOmitted() []*entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	clear(l.refused)
 	if l.omitted == 0 {
 		return nil
 	}

@@ -236,52 +236,6 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestInsistence: one token that is refused again and again is written so often in
-// a minute and then counted, other tokens are not concerned, and more tokens than
-// can be told apart are strangers.
-func TestInsistence(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := t.TempDir()
-		l := open(t, Config{Dir: dir})
-		refuse := func(token string, n int) {
-			for range n {
-				l.Refuse(Record{Token: token, Reason: "policy"}, true)
-			}
-		}
-		refuse("insistent", 1000)
-		refuse("other", 1)
-		time.Sleep(omittedEvery) // the bubble's clock
-		synctest.Wait()          // the writer's minute is over, too
-		refuse("insistent", 1)
-		for i := range maxTokens + strangerBurst {
-			refuse(strconv.Itoa(i), 1)
-			if i%1000 == 0 {
-				synctest.Wait() // the queue has a limit
-			}
-		}
-		if n := len(l.refused); n != maxTokens {
-			t.Errorf("%d tokens are told apart", n)
-		}
-		shut(t, l)
-		written, omitted := map[string]int{}, []uint64(nil)
-		if _, err := Verify(dir, nil, nil, func(r Record) error {
-			if r.Type == TypeOmitted {
-				omitted = append(omitted, r.Count)
-			}
-			written[r.Token]++
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
-		if written["insistent"] != tokenRefusals+1 || written["other"] != 1 {
-			t.Errorf("%d records of one token, %d of the other", written["insistent"], written["other"])
-		}
-		if d := cmp.Diff([]uint64{1000 - tokenRefusals, 1}, omitted); d != "" {
-			t.Errorf("left out: %s", d)
-		}
-	})
-}
-
 // TestTampering flips a bit of every octet, and takes, doubles and swaps lines.
 func TestTampering(t *testing.T) {
 	dir := t.TempDir()
