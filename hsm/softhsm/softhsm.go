@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	"github.com/google/renameio/v2"
 
 	"github.com/chancery-ca/chancery/hsm"
 	"github.com/chancery-ca/chancery/hsm/pkcs11"
@@ -230,11 +231,7 @@ func (h *Home) note() error {
 	for _, e := range entries {
 		text += e.Name() + "\n"
 	}
-	partial := filepath.Join(h.dir, makingName+".partial")
-	if err := os.WriteFile(partial, []byte(text), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(partial, filepath.Join(h.dir, makingName))
+	return renameio.WriteFile(filepath.Join(h.dir, makingName), []byte(text), 0o600)
 }
 
 // forget says that all tokens are whole; a power cut does not unsay it.
